@@ -1,0 +1,42 @@
+"""The models that are served now, as this API process last saw the registry. No request waits for Redis to know it."""
+
+from redis.asyncio import Redis
+
+from fastchat_q.loops import every
+from fastchat_q.registry import ModelCard, Registration, Registry
+
+REFRESH_S = 1.0
+
+
+class Catalog:
+    """A view of the registry, at the most about a second old."""
+
+    def __init__(self, redis: "Redis") -> None:
+        self._registry = Registry(redis)
+        self._workers: dict[str, list[Registration]] = {}
+        self._known: set[str] = set()
+
+    async def run(self) -> None:
+        """The refreshing loop, for ever."""
+        await every(REFRESH_S, self.refresh, "registry")
+
+    async def refresh(self) -> None:
+        """Reads the registry now."""
+        workers: dict[str, list[Registration]] = {}
+        for registration in await self._registry.workers():
+            workers.setdefault(registration.card.name, []).append(registration)
+        self._known = await self._registry.known_models()
+        self._workers = workers
+
+    def cards(self) -> list[ModelCard]:
+        """A card for each served model: that of its oldest worker."""
+        return sorted((workers[0].card for workers in self._workers.values()), key=lambda card: card.name)
+
+    def card(self, model: str) -> ModelCard | None:
+        """The card of a served model."""
+        workers = self._workers.get(model)
+        return workers[0].card if workers else None
+
+    def known(self) -> set[str]:
+        """Names of all models that were served within the last 24 hours."""
+        return self._known | self._workers.keys()

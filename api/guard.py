@@ -1,0 +1,95 @@
+"""The outermost layer: request id, bearer key, content type and body size, checked before anything is parsed."""
+
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from ulid import ULID
+
+from fastchat_q.errors import AuthenticationError, FastchatQError, InvalidRequestError, RequestTooLargeError
+
+from .admission import check_key
+from .problems import error_response
+
+PROTECTED = "/v1/"
+DRAIN_LIMIT = 64 * 1024 * 1024
+"""A refused body is read and thrown away up to here, so that the client gets to see the answer."""
+
+
+class UnsupportedMediaTypeError(InvalidRequestError):
+    """The body is not JSON."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class Guard:
+    """ASGI middleware for the whole application."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
+        self._app = app
+        self._api_key = api_key
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")[:128] or f"req_{ULID()}"
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            if scope["path"].startswith(PROTECTED):
+                check_key(headers.get("authorization"), self._api_key)
+            if scope["method"] in ("POST", "PUT", "PATCH"):
+                receive = await self._read_body(headers, receive)
+        except AuthenticationError as error:
+            await error_response(error, {"www-authenticate": "Bearer"})(scope, receive, send_with_id)
+        except FastchatQError as error:
+            await error_response(error, {"connection": "close"})(scope, receive, send_with_id)
+        else:
+            await self._app(scope, receive, send_with_id)
+
+    async def _read_body(self, headers: Headers, receive: Receive) -> Receive:
+        """Reads the body within the limit and returns a receive that gives it again, whole."""
+        content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type != "application/json" and not content_type.endswith("+json"):
+            raise UnsupportedMediaTypeError(
+                f"Content-Type {content_type!r} is not supported. Send JSON with the header Content-Type: application/json."
+            )
+        declared = headers.get("content-length", "")
+        size = int(declared) if declared.isdecimal() else 0
+        too_large = size > self._max_body_bytes
+        parts: list[bytes] = []
+        total = 0
+        more = size <= DRAIN_LIMIT
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return _replay(message, receive)
+            part = message.get("body", b"")
+            total += len(part)
+            more = message.get("more_body", False) and total <= DRAIN_LIMIT
+            too_large = too_large or total > self._max_body_bytes
+            if not too_large:
+                parts.append(part)
+        if too_large:
+            raise RequestTooLargeError(
+                f"The request body has {max(size, total)} bytes, the limit is {self._max_body_bytes}. "
+                "Shorten the messages, or raise FASTCHAT_Q_MAX_BODY_BYTES on the server."
+            )
+        return _replay({"type": "http.request", "body": b"".join(parts), "more_body": False}, receive)
+
+
+def _replay(first: dict[str, Any], receive: Receive) -> Receive:
+    waiting: list[Message] = [first]
+
+    async def replay() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return replay

@@ -1,0 +1,80 @@
+"""The orchestrator: an arq worker with short ticks of housekeeping. Nothing is lost, and nobody waits, while it is away.
+
+arq's default serializer is pickle, with which anybody who can write to Redis owns this process: JSON both ways instead.
+"""
+
+import time
+from typing import Any
+
+import orjson
+import structlog
+from arq import cron
+from arq.connections import ArqRedis
+from arq.worker import Worker
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from fastchat_q import keys
+from fastchat_q.connection import connect
+from fastchat_q.queue import Queue
+from fastchat_q.registry import Registry
+
+log = structlog.get_logger()
+
+TICK_TIMEOUT_S = 30
+"""Bound on every tick: arq's own recovery time after a crash is the longest of these, plus 10 s."""
+HEALTH_INTERVAL_S = 5
+IDLE_CONSUMER_MS = 3600 * 1000
+
+
+def run(redis_url: str) -> None:
+    """Runs until SIGTERM or SIGINT."""
+    client = connect(redis_url)
+    pool = ArqRedis(
+        connection_pool=client.connection_pool,
+        job_serializer=orjson.dumps,
+        job_deserializer=orjson.loads,
+        default_queue_name=keys.ORCHESTRATOR_QUEUE,
+    )
+    worker = Worker(
+        cron_jobs=[cron(housekeeping, second={0, 30}, run_at_startup=True, timeout=TICK_TIMEOUT_S, unique=True)],
+        queue_name=keys.ORCHESTRATOR_QUEUE,
+        redis_pool=pool,
+        job_serializer=orjson.dumps,
+        job_deserializer=orjson.loads,
+        health_check_key=keys.ORCHESTRATOR_HEALTH,
+        health_check_interval=HEALTH_INTERVAL_S,
+        job_timeout=TICK_TIMEOUT_S,
+        keep_result=0,
+        ctx={"client": client},
+    )
+    log.info("orchestrating", queue=keys.ORCHESTRATOR_QUEUE)
+    worker.run()
+
+
+async def housekeeping(ctx: dict[str, Any]) -> dict[str, int]:
+    """Removes consumers of workers that are long gone, and reaps queues that no process looks after any more."""
+    redis: Redis = ctx["client"]
+    started = time.monotonic()
+    removed = reaped = 0
+    models = await Registry(redis).known_models()
+    for model in models:
+        done = await Queue(redis).reap(model)
+        reaped += done.handed_back + done.dead + done.expired
+        for lane in keys.LANES:
+            removed += await _remove_idle_consumers(redis, keys.model_keys(model).stream(lane))
+    took = round(time.monotonic() - started, 3)
+    log.info("housekeeping", models=len(models), consumers_removed=removed, reaped=reaped, seconds=took)
+    return {"consumers_removed": removed, "reaped": reaped}
+
+
+async def _remove_idle_consumers(redis: "Redis", stream: str) -> int:
+    """Only consumers without pending entries: XGROUP DELCONSUMER silently drops what is pending."""
+    try:
+        consumers = await redis.xinfo_consumers(stream, keys.GROUP)
+    except ResponseError:  # no stream or no group: nobody claimed from it yet
+        return 0
+    idle = [c["name"] for c in consumers if c["pending"] == 0 and c["idle"] > IDLE_CONSUMER_MS]
+    for name in idle:
+        await redis.xgroup_delconsumer(stream, keys.GROUP, name)
+    return len(idle)

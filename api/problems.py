@@ -1,0 +1,110 @@
+"""Every failure becomes OpenAI's error object with its HTTP status, whoever raised it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from redis.exceptions import OutOfMemoryError, RedisError
+from starlette.exceptions import HTTPException
+
+from fastchat_q.errors import FastchatQError, InvalidRequestError, QueueUnavailableError
+
+log = structlog.get_logger()
+
+HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+def install(app: FastAPI) -> None:
+    """Registers the handlers."""
+    app.add_exception_handler(FastchatQError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(RedisError, _on_redis_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_bug)
+
+
+def error_response(error: FastchatQError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The response for an error, Retry-After included."""
+    extra = dict(headers or {})
+    if error.retry_after_s is not None:
+        extra["retry-after"] = str(error.retry_after_s)
+    return JSONResponse(error.body(), error.status, extra)
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, FastchatQError)
+    return error_response(error)
+
+
+async def _on_redis_error(request: Request, error: Exception) -> JSONResponse:
+    log.warning("redis error", path=request.url.path, error=str(error))
+    if isinstance(error, OutOfMemoryError):
+        return error_response(QueueUnavailableError("The queue's memory is full. Nothing was accepted; retry later."))
+    return error_response(
+        QueueUnavailableError("The queue cannot be reached. Nothing was accepted; retry in a moment.")
+    )
+
+
+async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = f"Unknown request URL: {request.method} {request.url.path}. GET /openapi.json lists what there is."
+    elif error.status_code == 405:
+        message = f"Not allowed to {request.method} on {request.url.path}."
+    problem = InvalidRequestError(message, code=HTTP_CODES.get(error.status_code))
+    problem.status = error.status_code
+    return error_response(problem, error.headers)
+
+
+async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return error_response(invalid_request(error.errors()[0]))
+
+
+async def _on_bug(request: Request, error: Exception) -> JSONResponse:
+    log.error("unexpected error", path=request.url.path, exc_info=error)
+    return error_response(FastchatQError("The server had an error while processing your request. Its log says more."))
+
+
+def invalid_request(detail: Mapping[str, Any]) -> InvalidRequestError:
+    """One validation error of pydantic, in OpenAI's words: where, what is wrong, what was given."""
+    kind, path = detail["type"], _path(detail["loc"])
+    if kind == "json_invalid":
+        reason = detail.get("ctx", {}).get("error", "")
+        return InvalidRequestError(f"We could not parse the JSON body of your request: {reason}.", code="invalid_json")
+    if kind == "extra_forbidden":
+        return InvalidRequestError(f"Unknown parameter: '{path}'.", param=path, code="unknown_parameter")
+    if kind == "unsupported_parameter":
+        return InvalidRequestError(detail["msg"], param=detail["ctx"]["name"], code="unsupported_parameter")
+    if kind == "missing":
+        if not path:
+            return InvalidRequestError("The request has no body. Send a JSON object.", code="missing_body")
+        return InvalidRequestError(
+            f"Missing required parameter: '{path}'.", param=path, code="missing_required_parameter"
+        )
+    if not path:
+        return InvalidRequestError(f"Invalid request: {detail['msg']}")
+    given = _short(detail.get("input"))
+    return InvalidRequestError(
+        f"Invalid value for '{path}': {detail['msg']} (given: {given}).", param=path, code="invalid_value"
+    )
+
+
+def _path(location: tuple[Any, ...]) -> str:
+    """('body', 'messages', 0, 'content', 'str') -> messages[0].content; union branches are not part of a path."""
+    path = ""
+    for part in location[1:] if location[:1] == ("body",) else location:
+        if isinstance(part, int):
+            path += f"[{part}]" if path else ""
+        elif part not in ("str", "int", "float") and "[" not in part:
+            path += f".{part}" if path else part
+    return path
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,229 @@
+"""Brings workers' events to the requests that wait for them: one subscription for the whole process, the logs behind it.
+
+The channel is a hint. What it loses (a gap, the tail, a reconnect) is read from the token log; a stream that is silent is
+looked after once a second. A request that leaves before its end cancels its job.
+"""
+
+import asyncio
+from collections.abc import Iterable
+
+import orjson
+import structlog
+from redis.asyncio import Redis
+
+from fastchat_q import keys
+from fastchat_q.events import TERMINAL_STATES, Delta, End, Event, Result, parse_line
+from fastchat_q.jobs import Job
+from fastchat_q.loops import AWAY, RECONNECT_S, every, listen
+from fastchat_q.queue import Queue
+from fastchat_q.tokens import entry_to_delta
+
+log = structlog.get_logger()
+
+CHECK_S = 1.0
+"""Period of the look after silent streams, and how long a stream must be silent for it."""
+CHECK_BATCH = 256
+"""Silent streams asked for in one round trip."""
+
+
+class JobStream:
+    """The events of one job, in order and each once, for one reader."""
+
+    def __init__(self, job: Job, now: float) -> None:
+        self.job = job
+        self.seen = 0
+        """Tokens received so far."""
+        self.ended = False
+        self.place: int | None = None
+        """Place in the queue, from 1; None: not waiting, or not known yet."""
+        self.heard = now
+        self._events: list[Event] = []
+        self._some = asyncio.Event()
+
+    def feed(self, event: Event) -> bool:
+        """Takes an event in, from the channel or the log. False: tokens before it are missing, read the log."""
+        if self.ended:
+            return True
+        if isinstance(event, Delta):
+            if event.n <= self.seen:
+                return True
+            if event.n - event.k != self.seen:
+                return False
+            self.seen = event.n
+        else:
+            if event.n > self.seen:
+                return False
+            self.ended = True
+        self.place = None
+        self._events.append(event)
+        self._some.set()
+        return True
+
+    async def take(self, timeout_s: float | None = None) -> list[Event]:
+        """All events that are there; waits for the first, at the most ``timeout_s`` (then the list is empty)."""
+        if not self._events:
+            self._some.clear()
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._some.wait()
+            except TimeoutError:
+                return []
+        events, self._events = self._events, []
+        return events
+
+    async def collect(self) -> tuple[list[Event], End]:
+        """Everything, once the job has ended."""
+        events: list[Event] = []
+        while True:
+            events += await self.take()
+            if isinstance(last := events[-1], End):
+                return events, last
+
+
+class Relay:
+    """Submits jobs and routes their events. `run` must be running."""
+
+    def __init__(self, redis: "Redis", blocking: "Redis", api_id: str, *, deadline_s: float, max_waiting: int) -> None:
+        self._redis, self._blocking = redis, blocking
+        self._queue = Queue(redis)
+        self._inbox = keys.inbox(api_id)
+        self._deadline_s, self._max_waiting = deadline_s, max_waiting
+        self._streams: dict[str, JobStream] = {}
+        self._behind: dict[str, JobStream] = {}
+        self._some_behind = asyncio.Event()
+        self._left: asyncio.Queue[Job] = asyncio.Queue()
+
+    async def submit(self, job: Job) -> JobStream:
+        """Enqueues a job and returns its stream; whoever calls this also calls `leave`.
+
+        Raises:
+            QueueFullError: nothing was stored.
+            redis.RedisError: the server is away; if it took the job all the same, the job is cancelled when it is back.
+        """
+        stream = JobStream(job, self._now())
+        self._streams[job.id] = stream  # before it is enqueued: tokens can be faster than the reply
+        try:
+            place = await self._queue.enqueue(
+                job, inbox=self._inbox, deadline_s=self._deadline_s, max_waiting=self._max_waiting
+            )
+        except BaseException as error:
+            del self._streams[job.id]
+            if isinstance(error, (*AWAY, asyncio.CancelledError)):
+                self._left.put_nowait(job)  # it may have been accepted: only the reply is missing
+            raise
+        if not stream.seen and not stream.ended:
+            stream.place = place or None
+        return stream
+
+    def leave(self, stream: JobStream) -> None:
+        """The reader is gone: forgets the stream, and cancels the job unless it has ended. Never blocks."""
+        if self._streams.pop(stream.job.id, None) is not None and not stream.ended:
+            self._left.put_nowait(stream.job)
+
+    async def settled(self, timeout_s: float) -> None:
+        """Returns when all jobs that were left are cancelled, or after ``timeout_s``."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._left.join()
+        except TimeoutError:
+            log.warning("not all left jobs could be cancelled: they run to their end", jobs=self._left.qsize())
+
+    async def run(self) -> None:
+        """The relay's loops, for ever."""
+        async with asyncio.TaskGroup() as loops:
+            loops.create_task(self._listen())
+            loops.create_task(self._catch_up_those_behind())
+            loops.create_task(every(CHECK_S, self._check_silent, "silent streams"))
+            loops.create_task(self._cancel_those_left())
+
+    async def _listen(self) -> None:
+        async for message in listen(self._blocking, self._inbox):
+            if message is None:  # (re)subscribed: anything may have been missed
+                self._fall_behind(self._streams.values())
+                continue
+            now = self._now()
+            for line in message.split(b"\n"):
+                try:
+                    job_id, event = parse_line(line)
+                except ValueError:
+                    log.warning("foreign message on the inbox", channel=self._inbox)
+                    continue
+                stream = self._streams.get(job_id)
+                if stream is not None:
+                    stream.heard = now
+                    if not stream.feed(event):
+                        self._fall_behind([stream])
+
+    def _fall_behind(self, streams: Iterable[JobStream]) -> None:
+        for stream in streams:
+            self._behind[stream.job.id] = stream
+        if self._behind:
+            self._some_behind.set()
+
+    async def _catch_up_those_behind(self) -> None:
+        while True:
+            await self._some_behind.wait()
+            self._some_behind.clear()
+            behind = list(self._behind.values())
+            self._behind.clear()
+            try:
+                for start in range(0, len(behind), CHECK_BATCH):
+                    await self._catch_up(behind[start : start + CHECK_BATCH])
+            except AWAY:
+                await asyncio.sleep(RECONNECT_S)
+                self._fall_behind(stream for stream in behind if stream.job.id in self._streams)
+
+    async def _check_silent(self) -> None:
+        now = self._now()
+        silent = [stream for stream in self._streams.values() if now - stream.heard >= CHECK_S and not stream.ended]
+        for start in range(0, len(silent), CHECK_BATCH):
+            await self._catch_up(silent[start : start + CHECK_BATCH])
+
+    async def _catch_up(self, streams: list[JobStream]) -> None:
+        """Reads record, log and place of some jobs in one round trip, and feeds what their streams have not seen."""
+        pipe = self._redis.pipeline(transaction=False)
+        for stream in streams:
+            names, job = keys.model_keys(stream.job.model), stream.job
+            pipe.xrange(names.log(job.id), min=f"(0-{stream.seen}")
+            pipe.hmget(names.job(job.id), "state", "n", "reason", "result")
+            pipe.zrank(names.waiting(job.lane), job.id)
+            pipe.zcard(names.waiting("hi"))
+        replies = await pipe.execute()
+        for stream, at in zip(streams, range(0, len(replies), 4), strict=True):
+            entries, record, rank, before = replies[at : at + 4]
+            for entry_id, fields in entries:
+                stream.feed(entry_to_delta(entry_id, fields))
+            end = _end(record)
+            if end is not None and not stream.feed(end):
+                self._fall_behind([stream])  # its last tokens came between the reads
+            if rank is not None and not stream.seen:
+                stream.place = rank + 1 + (before if stream.job.lane == "lo" else 0)
+            else:
+                stream.place = None
+
+    async def _cancel_those_left(self) -> None:
+        while True:
+            job = await self._left.get()
+            while True:
+                try:
+                    before = await self._queue.cancel(job.model, job.id, "client disconnected")
+                    log.info("cancelled", job=job.id, model=job.model, state=before)
+                    self._left.task_done()
+                    break
+                except AWAY:
+                    await asyncio.sleep(RECONNECT_S)
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+
+def _end(record: list[bytes | None]) -> End | None:
+    """The terminal event that a job record stands for, if it has ended; a job without a record is lost."""
+    state, n, reason, result = record
+    if state is None:
+        return End(0, "lost", "the job record is gone", None)
+    if state.decode() not in TERMINAL_STATES:
+        return None
+    decoded = Result.from_dict(orjson.loads(result)) if result else None
+    return End(int(n or 0), state.decode(), (reason or b"").decode(), decoded)

@@ -1,0 +1,204 @@
+"""The command line. Every command imports what it runs when it runs: ``--help`` stays fast and needs no torch."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import ConfigurationError
+
+EXIT_USAGE = 2
+ENGINES = ("transformers", "echo")
+
+app = typer.Typer(
+    name="fastchat-q",
+    help="Serve open LLMs through a durable Redis job queue behind one OpenAI-compatible API.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RedisUrl = Annotated[
+    str | None, typer.Option("--redis-url", help="redis://, rediss:// or unix://; default: the embedded server.")
+]
+StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Where data, key and logs are kept.")]
+Host = Annotated[str | None, typer.Option("--host", help="Address to listen on. [default: 127.0.0.1]")]
+Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="[default: 8000]")]
+NoAuth = Annotated[bool, typer.Option("--no-auth", help="Ask for no key; on loopback addresses only.")]
+DrainS = Annotated[float | None, typer.Option("--drain-s", min=0, help="Seconds running work may take on SIGTERM.")]
+Model = Annotated[str, typer.Option("--model", help="tiny, a local folder, or a Hugging Face hub id.")]
+Name = Annotated[str | None, typer.Option("--name", help="The name clients use. [default: the model's]")]
+EngineName = Annotated[str, typer.Option("--engine", help="transformers or echo (no model: repeats the question).")]
+Slots = Annotated[int | None, typer.Option("--slots", min=1, help="Jobs at a time. [default: 16; echo 64]")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps, xpu or npu.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of torch. [default: cores - 1]")]
+TokenDelay = Annotated[float, typer.Option("--token-delay-ms", min=0, help="Pace of the echo engine.")]
+
+
+def version(value: bool) -> None:
+    """``--version``."""
+    if value:
+        typer.echo(f"fastchat-q {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Serve open LLMs through a durable Redis job queue behind one OpenAI-compatible API."""
+
+
+@app.command()
+def up(
+    host: Host = None,
+    port: Port = None,
+    state_dir: StateDir = None,
+    redis_url: RedisUrl = None,
+    no_auth: NoAuth = False,
+    drain_s: DrainS = None,
+    model: Model = "tiny",
+    name: Name = None,
+    engine: EngineName = "transformers",
+    slots: Slots = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    token_delay_ms: TokenDelay = 20.0,
+) -> None:
+    """Run everything: embedded Redis, API, one worker, orchestrator."""
+    import asyncio
+
+    from .exposure import check_exposure
+    from .models import served_name
+    from .up import Up, UpOptions, hold_lock
+
+    settings = _settings(host=host, port=port, state_dir=state_dir, auth=False if no_auth else None, drain_s=drain_s)
+    _check_engine(engine)
+    check_exposure(settings)
+    arguments = ["--model", model, "--engine", engine, "--device", device, "--dtype", dtype]
+    arguments += ["--token-delay-ms", str(token_delay_ms), "--drain-s", str(settings.drain_s)]
+    for flag, value in (("--name", name), ("--slots", slots), ("--threads", threads)):
+        if value is not None:
+            arguments += [flag, str(value)]
+    lock = hold_lock(settings.state_dir, f"http://{settings.host}:{settings.port}")
+    with lock:
+        asyncio.run(Up(settings, UpOptions(name or served_name(model), tuple(arguments), redis_url)).run())
+
+
+@app.command()
+def serve(
+    host: Host = None,
+    port: Port = None,
+    state_dir: StateDir = None,
+    redis_url: RedisUrl = None,
+    no_auth: NoAuth = False,
+    drain_s: DrainS = None,
+) -> None:
+    """Run an API server."""
+    from . import logs
+
+    logs.configure()
+    settings = _settings(
+        host=host, port=port, state_dir=state_dir, redis_url=redis_url, auth=False if no_auth else None, drain_s=drain_s
+    )
+    from .api import server
+
+    server.run(settings)
+
+
+@app.command()
+def worker(
+    model: Model = "tiny",
+    name: Name = None,
+    engine: EngineName = "transformers",
+    slots: Slots = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    token_delay_ms: TokenDelay = 20.0,
+    state_dir: StateDir = None,
+    redis_url: RedisUrl = None,
+    drain_s: DrainS = None,
+) -> None:
+    """Run a worker for one model."""
+    from . import logs
+
+    logs.configure()
+    settings = _settings(state_dir=state_dir, redis_url=redis_url, drain_s=drain_s)
+    from .workers import main as workers
+
+    workers.run(
+        workers.WorkerOptions(
+            model=model,
+            name=name,
+            engine=_check_engine(engine),
+            slots=slots,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            token_delay_ms=token_delay_ms,
+            drain_s=settings.drain_s,
+            redis_url=settings.resolved_redis_url,
+        )
+    )
+
+
+@app.command()
+def orchestrator(state_dir: StateDir = None, redis_url: RedisUrl = None) -> None:
+    """Run the orchestrator: housekeeping in short ticks."""
+    from . import logs
+
+    logs.configure()
+    settings = _settings(state_dir=state_dir, redis_url=redis_url)
+    from .api import orchestrator as arq_worker
+
+    arq_worker.run(settings.resolved_redis_url)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def redis(context: typer.Context, state_dir: StateDir = None, redis_url: RedisUrl = None) -> None:
+    """Open redis-cli (or a small prompt) on the queue's server; ARGS are a command."""
+    from . import prompt
+
+    settings = _settings(state_dir=state_dir, redis_url=redis_url)
+    raise typer.Exit(prompt.run(settings.resolved_redis_url, context.args))
+
+
+def main() -> None:
+    """The console script: known errors are one line and exit code 2, not a traceback."""
+    from pydantic import ValidationError
+
+    try:
+        app()
+    except ConfigurationError as error:
+        print(f"fastchat-q: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE) from None
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            where = ".".join(map(str, detail["loc"])).upper()
+            print(f"fastchat-q: FASTCHAT_Q_{where}: {detail['msg']} (given: {detail['input']!r})", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE) from None
+
+
+def _check_engine(engine: str) -> Any:
+    if engine not in ENGINES:
+        raise ConfigurationError(f"Engine {engine!r}: expected one of {', '.join(ENGINES)}.")
+    return engine
+
+
+def _settings(**flags: Any) -> Any:
+    from .settings import Settings, unknown_variables
+
+    for variable in unknown_variables():
+        print(f"fastchat-q: warning: {variable} is no setting of fastchat-q", file=sys.stderr)
+    return Settings(**{name: value for name, value in flags.items() if value is not None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""A Redis URL becomes a client. Every option that versions of redis-py set differently is set here, explicitly."""
+
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import BusyLoadingError, ConnectionError, ReadOnlyError, TimeoutError
+
+from .errors import ConfigurationError
+
+SCHEMES = ("redis://", "rediss://", "unix://")
+COMMAND_TIMEOUT_S = 10.0
+
+
+def connect(url: str, *, blocking: bool = False, max_connections: int = 64) -> "Redis":
+    """A client that speaks bytes and connects when first used.
+
+    Commands are sent again after a lost connection: all our scripts are idempotent, which is what makes that safe.
+
+    Args:
+        url: ``redis://``, ``rediss://`` or ``unix:///path``.
+        blocking: for pub/sub and blocking reads: no read timeout and no resending.
+        max_connections: size of the pool.
+
+    Raises:
+        ConfigurationError: the URL has another scheme.
+    """
+    if not url.startswith(SCHEMES):
+        raise ConfigurationError(f"Redis URL {url!r}: expected one of {', '.join(SCHEMES)}.")
+    options: dict[str, Any] = {
+        "protocol": 2,
+        "decode_responses": False,
+        "max_connections": max_connections,
+        "socket_connect_timeout": 5.0,
+        "socket_timeout": None if blocking else COMMAND_TIMEOUT_S,
+        "health_check_interval": 0,
+    }
+    if not url.startswith("unix://"):
+        options["socket_keepalive"] = True
+    if not blocking:
+        options["retry"] = Retry(ExponentialBackoff(cap=0.5, base=0.02), 3)
+        options["retry_on_error"] = [ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError]
+    return Redis.from_url(url, **options)

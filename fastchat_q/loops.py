@@ -1,0 +1,59 @@
+"""The loops that processes are made of: do a thing every so often, and listen to a channel for ever."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+log = structlog.get_logger()
+
+AWAY = (RedisError, OSError)
+"""What a Redis call raises while the server is away or restarts."""
+RECONNECT_S = 0.2
+
+
+async def every(period_s: float, action: Callable[[], Awaitable[object]], what: str) -> None:
+    """Runs ``action`` now and then every ``period_s`` (± 10 %, so that processes do not march in step), for ever.
+
+    Redis being away is logged once and waited out; any other error ends the loop, and so its owner.
+    """
+    away = False
+    while True:
+        try:
+            await action()
+            if away:
+                log.info("redis is back", loop=what)
+            away = False
+        except AWAY as error:
+            if not away:
+                log.warning("redis is away", loop=what, error=str(error))
+            away = True
+        await asyncio.sleep(period_s * random.uniform(0.9, 1.1))
+
+
+async def listen(redis: "Redis", channel: str) -> AsyncIterator[bytes | None]:
+    """Messages of a channel, for ever, through lost connections.
+
+    Yields None whenever the subscription has just (again) been confirmed: whatever was published before may be missed.
+    ``redis`` must be a blocking client.
+    """
+    while True:
+        pubsub = redis.pubsub()
+        try:
+            await pubsub.subscribe(channel)
+            while True:
+                message = await pubsub.get_message(timeout=None)  # type: ignore[arg-type]
+                if message is None:
+                    continue
+                if message["type"] == "subscribe":
+                    yield None
+                elif message["type"] == "message":
+                    yield message["data"]
+        except AWAY as error:
+            log.warning("subscription lost", channel=channel, error=str(error))
+            await asyncio.sleep(RECONNECT_S)
+        finally:
+            await pubsub.aclose()  # type: ignore[no-untyped-call]

@@ -1,0 +1,12 @@
+"""Names of models: what ``--model`` takes, and what clients call it."""
+
+from pathlib import Path
+
+BUILTIN = ("tiny",)
+"""Models inside the package."""
+
+
+def served_name(source: str) -> str:
+    """The public name of a model when none is given: a hub id as it is, a folder by its last part."""
+    path = Path(source)
+    return path.resolve().name if source not in BUILTIN and path.is_dir() else source

@@ -1,0 +1,82 @@
+"""Loads and calls the Lua scripts of ``lua/``: by digest, all of them loaded together when the server forgot them."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import NoScriptError
+
+Arg = str | bytes | int
+NAMES = ("enqueue", "claim", "emit", "renew", "finish", "release", "cancel", "reap")
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """One script with the shared prelude in front of it."""
+
+    source: str
+    sha: str
+
+
+@cache
+def script(name: str) -> Script:
+    """The script ``lua/<name>.lua``."""
+    folder = files(__package__) / "lua"
+    source = (folder / "prelude.lua").read_text() + "\n" + (folder / f"{name}.lua").read_text()
+    return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One script call: its name, KEYS and ARGV."""
+
+    name: str
+    keys: Sequence[str]
+    args: Sequence[Arg]
+
+
+async def call(redis: "Redis", name: str, keys: Sequence[str], args: Sequence[Arg]) -> Any:
+    """Runs one script.
+
+    Raises:
+        redis.RedisError: the server is away or refuses (``OutOfMemoryError`` at maxmemory).
+    """
+    sha = script(name).sha
+    try:
+        return await redis.evalsha(sha, len(keys), *keys, *args)  # type: ignore[misc]
+    except NoScriptError:
+        await load_all(redis)
+        return await redis.evalsha(sha, len(keys), *keys, *args)  # type: ignore[misc]
+
+
+async def call_many(redis: "Redis", calls: Iterable[Call]) -> list[Any]:
+    """Runs scripts in order in one round trip; a failed one stands as its exception in the list.
+
+    After a server forgot the scripts all calls are sent again: every script is idempotent, and none may be skipped
+    while a later one of the same job ran.
+    """
+    calls = list(calls)
+    replies = await _pipeline(redis, calls)
+    if any(isinstance(reply, NoScriptError) for reply in replies):
+        await load_all(redis)
+        replies = await _pipeline(redis, calls)
+    return replies
+
+
+async def load_all(redis: "Redis") -> None:
+    """SCRIPT LOAD for all scripts, in one round trip."""
+    pipe = redis.pipeline(transaction=False)
+    for name in NAMES:
+        pipe.script_load(script(name).source)
+    await pipe.execute()
+
+
+async def _pipeline(redis: "Redis", calls: list[Call]) -> list[Any]:
+    pipe = redis.pipeline(transaction=False)
+    for c in calls:
+        pipe.evalsha(script(c.name).sha, len(c.keys), *c.keys, *c.args)  # type: ignore[arg-type]
+    return await pipe.execute(raise_on_error=False)

@@ -1,0 +1,72 @@
+"""The token channel: appends to the logs (EMIT, many jobs a call) and reads them back (resume, gap repair)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from . import keys, scripts
+from .events import Delta, decode_delta, encode_payload
+from .queue import LEASE_MS, Claim, Finish, finish_call
+
+
+class Status(IntEnum):
+    """What a script says of one job's tokens, or of its end."""
+
+    LOST = 0
+    OK = 1
+    DUPLICATE = 2
+    GAP = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens of one claim, ready to append: they bring its count to ``n``."""
+
+    claim: Claim
+    n: int
+    ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """The answers to one `append`, in the order of its arguments."""
+
+    chunks: list[Status]
+    finishes: list[Status]
+
+
+async def append(redis: "Redis", model: str, chunks: Sequence[Chunk], finishes: Sequence[Finish] = ()) -> Appended:
+    """Logs and publishes chunks, then ends jobs, in one round trip.
+
+    Raises:
+        redis.RedisError: the server is away; the same call may be repeated.
+    """
+    calls: list[scripts.Call] = []
+    if chunks:
+        args: list[scripts.Arg] = [LEASE_MS]
+        for c in chunks:
+            args += (c.claim.job_id, c.claim.fence, c.n, len(c.ids), encode_payload(c.ids, c.text))
+        calls.append(scripts.Call("emit", keys.model_keys(model).script_keys, args))
+    calls += [finish_call(model, finish) for finish in finishes]
+    replies: list[Any] = await scripts.call_many(redis, calls)
+    for reply in replies:
+        if isinstance(reply, RedisError):
+            raise reply
+    emitted = [Status(code) for code in replies[0][:-1]] if chunks else []
+    return Appended(emitted, [Status(code) for code in replies[len(replies) - len(finishes) :]])
+
+
+async def read(redis: "Redis", model: str, job_id: str, after: int = 0) -> list[Delta]:
+    """The log of a job behind its first ``after`` tokens, oldest first."""
+    entries = await redis.xrange(keys.model_keys(model).log(job_id), min=f"(0-{after}")
+    return [entry_to_delta(entry_id, fields) for entry_id, fields in entries]
+
+
+def entry_to_delta(entry_id: bytes, fields: dict[bytes, bytes]) -> Delta:
+    """A log entry as XRANGE returns it."""
+    return decode_delta(int(entry_id.partition(b"-")[2]), int(fields[b"k"]), fields[b"d"])

@@ -1,0 +1,145 @@
+"""What an engine is to a worker, and the thread that every engine of ours runs on. Knows no Redis and no torch."""
+
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from fastchat_q.errors import FastchatQError, JobFailedError
+from fastchat_q.events import FinishReason, Usage
+from fastchat_q.jobs import Job
+from fastchat_q.registry import ModelCard
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A claimed job for the engine. ``prior_ids`` are the tokens that an earlier attempt left in the log."""
+
+    job: Job
+    prior_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The engine is done with a job: a finish reason with usage, or an error."""
+
+    usage: Usage | None = None
+    finish_reason: FinishReason | None = None
+    error: FastchatQError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step gave one job: its new tokens and the text that became safe to show, and the end if it came."""
+
+    job_id: str
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    ended: Ended | None = None
+
+
+Sink = Callable[[list[Output]], None]
+"""Gets all outputs of a step in one call, on the engine's thread."""
+
+
+class Engine(ABC):
+    """A step loop on its own thread: requests join and leave between steps. All public methods are thread-safe.
+
+    A subclass implements `admit`, `drop`, `step` and `wait_s`, which run on the engine's thread only.
+    """
+
+    def __init__(self, card: ModelCard, slots: int) -> None:
+        self.card = card
+        self.slots = slots
+        self.failure: BaseException | None = None
+        self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._sink: Sink | None = None
+        self._on_death: Callable[[], None] | None = None
+
+    def start(self, sink: Sink, on_death: Callable[[], None]) -> None:
+        """Starts the thread. ``on_death`` is called on it if the loop itself fails; see ``failure`` then."""
+        self._sink, self._on_death = sink, on_death
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Hands a request over; its outputs go to the sink until one carries ``ended``."""
+        self._inbox.put(request)
+
+    def cancel(self, job_id: str) -> None:
+        """Drops a request before the next step; no ``ended`` follows."""
+        self._inbox.put(job_id)
+
+    def stop(self) -> None:
+        """Ends the thread after the current step."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    @abstractmethod
+    def admit(self, request: Request) -> None:
+        """Takes a request in.
+
+        Raises:
+            FastchatQError: the request cannot be served; it ends with that error.
+        """
+
+    @abstractmethod
+    def drop(self, job_id: str) -> None:
+        """Forgets a request, if it is there."""
+
+    @abstractmethod
+    def step(self) -> list[Output]:
+        """One step for all admitted requests."""
+
+    @abstractmethod
+    def wait_s(self) -> float | None:
+        """Seconds until the next step is due; None: nothing to do until a request comes."""
+
+    def _run(self) -> None:
+        assert self._sink is not None and self._on_death is not None  # start() ran
+        try:
+            while True:
+                outputs: list[Output] = []
+                if not self._receive(outputs):
+                    return
+                outputs += self.step()
+                if outputs:
+                    self._sink(outputs)
+        except BaseException as error:  # the edge of the thread: the worker ends the process and says why
+            self.failure = error
+            self._on_death()
+
+    def _receive(self, outputs: list[Output]) -> bool:
+        """Takes in all that waits, at the most until the next step is due; False: stop."""
+        due = self.wait_s()
+        until = None if due is None else time.monotonic() + due
+        while True:
+            try:
+                timeout = None if until is None else max(0.0, until - time.monotonic())
+                item = self._inbox.get(block=timeout != 0, timeout=timeout)
+            except queue.Empty:
+                return True
+            if item is None:
+                return False
+            if isinstance(item, str):
+                self.drop(item)
+            else:
+                self._admit(item, outputs)
+            due = self.wait_s()
+            until = None if due is None else time.monotonic() + due
+
+    def _admit(self, request: Request, outputs: list[Output]) -> None:
+        try:
+            self.admit(request)
+        except FastchatQError as error:
+            outputs.append(Output(request.job.id, ended=Ended(error=error)))
+        except Exception as error:  # one bad request fails alone
+            log.exception("admit failed", job=request.job.id)
+            failure = JobFailedError(f"The engine failed to take the request in: {error}", code="engine_error")
+            outputs.append(Output(request.job.id, ended=Ended(error=failure)))

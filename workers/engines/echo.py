@@ -1,0 +1,107 @@
+"""The engine without a model: answers with the last user message, a token a word. For load tests and people without torch."""
+
+import heapq
+import re
+import time
+from dataclasses import dataclass
+
+from fastchat_q.errors import InvalidRequestError
+from fastchat_q.events import FinishReason, Usage
+from fastchat_q.jobs import Job
+from fastchat_q.registry import ModelCard
+
+from .base import Ended, Engine, Output, Request
+from .text import StopMatcher
+
+WORD = re.compile(r"\s*\S+|\s+$")
+
+
+@dataclass(slots=True)
+class _Row:
+    job_id: str
+    words: list[str]
+    """The answer; a token's id is its index."""
+    limit: int
+    prompt_tokens: int
+    stop: StopMatcher
+    endless: bool
+    """ignore_eos: starts over until the limit."""
+    done: int = 0
+
+    def advance(self) -> Output:
+        """The next word."""
+        shown, stopped = self.stop.feed(self.words[self.done % len(self.words)])
+        self.done += 1
+        reason: FinishReason | None = None
+        if stopped or (self.done == len(self.words) and not self.endless):
+            reason = "stop"
+        elif self.done >= self.limit:
+            reason = "length"
+        if reason is None:
+            return Output(self.job_id, (self.done - 1,), shown)
+        if not stopped:
+            shown += self.stop.flush()
+        return Output(self.job_id, (self.done - 1,), shown, Ended(Usage(self.prompt_tokens, self.done), reason))
+
+
+class EchoEngine(Engine):
+    """Every row gets its first word at once, then one every ``token_delay_s``."""
+
+    def __init__(self, name: str, slots: int, token_delay_s: float) -> None:
+        super().__init__(ModelCard(name, "echo", None, int(time.time())), slots)
+        self._delay_s = token_delay_s
+        self._rows: dict[str, _Row] = {}
+        self._due: list[tuple[float, int, _Row]] = []  # heap: when, tie-break, row
+        self._count = 0
+        self._replayed: list[Output] = []
+
+    def admit(self, request: Request) -> None:
+        row = _row(request.job)
+        for _ in request.prior_ids:  # a resumed job goes on where its log ends
+            last = row.advance()
+            if last.ended is not None:
+                self._replayed.append(Output(row.job_id, ended=last.ended))
+                return
+        self._rows[row.job_id] = row
+        self._schedule(row, time.monotonic())
+
+    def drop(self, job_id: str) -> None:
+        self._rows.pop(job_id, None)  # its place in the heap is skipped when it comes up
+
+    def wait_s(self) -> float | None:
+        if self._replayed:
+            return 0.0
+        return max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
+
+    def step(self) -> list[Output]:
+        outputs, self._replayed = self._replayed, []
+        now = time.monotonic()
+        due: list[tuple[float, _Row]] = []
+        while self._due and self._due[0][0] <= now:
+            when, _, row = heapq.heappop(self._due)
+            due.append((when, row))
+        for when, row in due:
+            if self._rows.get(row.job_id) is not row:
+                continue
+            output = row.advance()
+            outputs.append(output)
+            if output.ended is None:
+                self._schedule(row, when + self._delay_s)  # from the due time, so that the pace does not drift
+            else:
+                del self._rows[row.job_id]
+        return outputs
+
+    def _schedule(self, row: _Row, when: float) -> None:
+        self._count += 1
+        heapq.heappush(self._due, (when, self._count, row))
+
+
+def _row(job: Job) -> _Row:
+    question = next((m.content for m in reversed(job.messages) if m.role == "user"), "")
+    words = WORD.findall(question)
+    if not words:
+        raise InvalidRequestError("The echo engine repeats the last user message, and there is none.", param="messages")
+    sampling = job.sampling
+    limit = sampling.max_tokens or len(words)
+    prompt_tokens = sum(len(m.content.split()) for m in job.messages)
+    return _Row(job.id, words, limit, prompt_tokens, StopMatcher(sampling.stop), sampling.ignore_eos)

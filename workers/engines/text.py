@@ -1,0 +1,73 @@
+"""From token ids to the text that may be shown: whole characters only, and nothing that may yet become a stop string."""
+
+from collections.abc import Callable, Sequence
+
+REPLACEMENT = "\ufffd"
+MAX_HELD_TOKENS = 8
+"""An incomplete character has at most 4 bytes; a longer run of undecodable bytes is shown as it is."""
+
+
+class Detokenizer:
+    """Incremental decoding with a short window, for any tokenizer: constant cost a token.
+
+    The window starts a few tokens back, because what a token decodes to depends on its left neighbour (leading spaces).
+    The technique is that of vLLM's and TGI's detokenisers.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._shown = 0  # tokens of the window whose text is out
+
+    def feed(self, token_id: int) -> str:
+        """The text that this token completes; empty while a character is incomplete."""
+        self._window.append(token_id)
+        before = self._decode(self._window[: self._shown])
+        now = self._decode(self._window)
+        held = len(self._window) - self._shown
+        if len(now) <= len(before) or (now.endswith(REPLACEMENT) and held <= MAX_HELD_TOKENS):
+            return ""
+        del self._window[: self._shown]
+        self._shown = len(self._window)
+        return now[len(before) :]
+
+    def flush(self) -> str:
+        """What is still held back, incomplete as it is."""
+        before = self._decode(self._window[: self._shown])
+        text = self._decode(self._window)[len(before) :]
+        self._shown = len(self._window)
+        return text
+
+
+class StopMatcher:
+    """Finds stop strings across chunk borders, and holds back text that may become one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(s for s in stop if s)
+        self._longest = max(map(len, self._stop), default=0)
+        self._held = ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """(text that is safe to show, whether a stop string was found); the stop string itself is never shown."""
+        if not self._stop:
+            return text, False
+        text = self._held + text
+        found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)], True
+        keep = self._suffix_that_may_stop(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """The held-back text, when generation ended without the rest of a stop string."""
+        text, self._held = self._held, ""
+        return text
+
+    def _suffix_that_may_stop(self, text: str) -> int:
+        for size in range(min(len(text), self._longest - 1), 0, -1):
+            tail = text[-size:]
+            if any(s.startswith(tail) for s in self._stop):
+                return size
+        return 0

@@ -1,0 +1,161 @@
+"""The engine for Hugging Face causal LMs: one compact step loop, requests join and leave between steps."""
+
+import time
+from collections import deque
+
+import torch
+
+from fastchat_q.errors import ContextLengthError, InvalidRequestError, JobFailedError
+from fastchat_q.jobs import Job
+from fastchat_q.registry import ModelCard
+
+from .base import Ended, Engine, Output, Request
+from .batch import Batch, Forward
+from .loading import Loaded
+from .sampling import sample
+from .sequence import Sequence
+from .text import Detokenizer, StopMatcher
+
+PREFILL_BUDGET = 512
+"""Prompt tokens taken in between two decode steps; one prompt always goes, however long."""
+
+
+class TransformersEngine(Engine):
+    """Serves one loaded model. See `Engine` for the contract."""
+
+    def __init__(self, name: str, slots: int, loaded: Loaded) -> None:
+        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        card = ModelCard(name, "transformers", loaded.context_length, int(time.time()), loaded.device.type, dtype)
+        super().__init__(card, slots)
+        self._loaded = loaded
+        self._forward = Forward(loaded.model)
+        self._vocabulary = loaded.model.config.get_text_config().vocab_size
+        self._waiting: deque[Sequence] = deque()
+        self._batches: list[Batch[Sequence]] = []
+        self._replayed: list[Output] = []
+
+    def admit(self, request: Request) -> None:
+        sequence = self._sequence(request.job)
+        for token in request.prior_ids:  # replays text and stop state of an earlier attempt; its output is known
+            last = sequence.accept(token)
+            if last.ended is not None:
+                self._replayed.append(Output(request.job.id, ended=last.ended))
+                return
+        self._waiting.append(sequence)
+
+    def drop(self, job_id: str) -> None:
+        self._waiting = deque(s for s in self._waiting if s.job_id != job_id)
+        for batch in list(self._batches):
+            if any(row.job_id == job_id for row in batch.rows):
+                self._leave(batch, {job_id})
+
+    def wait_s(self) -> float | None:
+        return 0.0 if self._waiting or self._batches or self._replayed else None
+
+    @torch.inference_mode()
+    def step(self) -> list[Output]:
+        outputs, self._replayed = self._replayed, []
+        for batch in list(self._batches):
+            outputs += self._decode(batch)
+        budget = PREFILL_BUDGET
+        while self._waiting and budget > 0:
+            sequence = self._waiting.popleft()
+            budget -= len(sequence.prompt) + len(sequence.ids)
+            outputs.append(self._prefill(sequence))
+        return outputs
+
+    def _prefill(self, sequence: Sequence) -> Output:
+        ids = sequence.prompt + sequence.ids
+        try:
+            logits, cache = self._forward.prefill(ids)
+            output = sequence.accept(sample(logits, [sequence.draw()])[0])
+            if output.ended is None:
+                if self._forward.batchable and self._batches:
+                    self._batches[0].join(sequence, cache, len(ids))
+                else:
+                    self._batches.append(Batch(self._forward, sequence, cache, len(ids)))
+            return output
+        except Exception as error:  # this request fails, its neighbours do not
+            return _failed(sequence, error)
+
+    def _decode(self, batch: Batch[Sequence]) -> list[Output]:
+        try:
+            tokens = sample(batch.decode(), [row.draw() for row in batch.rows])
+        except Exception as error:  # the cache of this batch is undefined now
+            self._batches.remove(batch)
+            return [_failed(row, error) for row in batch.rows]
+        outputs = [row.accept(token) for row, token in zip(batch.rows, tokens, strict=True)]
+        ended = {output.job_id for output in outputs if output.ended is not None}
+        if ended:
+            self._leave(batch, ended)
+        return outputs
+
+    def _leave(self, batch: Batch[Sequence], gone: set[str]) -> None:
+        kept = [i for i, row in enumerate(batch.rows) if row.job_id not in gone]
+        if kept:
+            batch.keep(kept)
+        else:
+            self._batches.remove(batch)
+
+    def _sequence(self, job: Job) -> Sequence:
+        prompt = self._render(job)
+        sampling = job.sampling
+        return Sequence(
+            job_id=job.id,
+            prompt=prompt,
+            limit=self._limit(len(prompt), sampling.max_tokens),
+            sampling=sampling,
+            eos_ids=frozenset() if sampling.ignore_eos else self._loaded.eos_ids,
+            detokenizer=Detokenizer(self._decode_ids),
+            stop=StopMatcher(sampling.stop),
+        )
+
+    def _decode_ids(self, ids: list[int]) -> str:
+        text = self._loaded.tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+    def _render(self, job: Job) -> list[int]:
+        """Messages -> prompt token ids, through the tokenizer's own chat template.
+
+        Control tokens that a user typed are encoded as ordinary text (``sanitize_control_tokens``).
+        """
+        messages = [message.model_dump(exclude_none=True) for message in job.messages]
+        try:
+            encoded = self._loaded.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, sanitize_control_tokens=True
+            )
+        except Exception as error:  # templates raise what they like, e.g. on roles that do not alternate
+            raise InvalidRequestError(
+                f"The chat template of {job.model!r} refuses these messages: {error}", param="messages"
+            ) from error
+        ids: list[int] = encoded["input_ids"]
+        if not ids:
+            raise InvalidRequestError(
+                f"The chat template of {job.model!r} makes an empty prompt of them.", param="messages"
+            )
+        if max(ids) >= self._vocabulary:
+            raise InvalidRequestError(
+                f"The tokenizer of {job.model!r} gives token {max(ids)}, beyond its vocabulary of {self._vocabulary}.",
+                param="messages",
+            )
+        return ids
+
+    def _limit(self, prompt_tokens: int, max_tokens: int | None) -> int:
+        """Tokens that this request may generate."""
+        context = self._loaded.context_length
+        if context is None:
+            return max_tokens or 2**31
+        if prompt_tokens + (max_tokens or 1) > context:
+            asked = f" and {max_tokens} for the completion" if max_tokens else ""
+            raise ContextLengthError(
+                f"This model's maximum context length is {context} tokens, but the request asks for {prompt_tokens} in the "
+                f"messages{asked}. Shorten the messages or lower max_tokens.",
+                param="messages",
+            )
+        return max_tokens or context - prompt_tokens
+
+
+def _failed(sequence: Sequence, error: Exception) -> Output:
+    failure = JobFailedError(f"The engine failed: {type(error).__name__}: {error}", code="engine_error")
+    return Output(sequence.job_id, ended=Ended(error=failure))

@@ -1,0 +1,132 @@
+"""Sends an engine's outputs to the queue: one EMIT a window for all jobs, first tokens and ends at once."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+from redis import exceptions
+from redis.asyncio import Redis
+
+from fastchat_q.events import Result
+from fastchat_q.queue import Claim, Finish
+from fastchat_q.tokens import Chunk, Status, append
+
+log = structlog.get_logger()
+
+WINDOW_S = 0.02
+"""Tokens of one job that come within this time share an event: at 50 events a second no reader sees a difference."""
+RETRY_S = 0.2
+TRANSIENT = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, OSError)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The end of a job, as the worker sees it."""
+
+    succeeded: bool
+    reason: str
+    result: Result
+
+
+@dataclass(slots=True)
+class _Pending:
+    claim: Claim
+    n: int
+    ids: tuple[int, ...]
+    text: str
+    outcome: Outcome | None
+
+
+class Publisher:
+    """Never more than one call under way; what comes meanwhile goes into the next one.
+
+    ``on_lost`` is told of jobs that are no longer ours: cancelled, or re-claimed by somebody else.
+    """
+
+    def __init__(self, redis: "Redis", model: str, on_lost: Callable[[str], None], window_s: float = WINDOW_S) -> None:
+        self._redis = redis
+        self._model = model
+        self._on_lost = on_lost
+        self._window_s = window_s
+        self._pending: dict[str, _Pending] = {}
+        self._some = asyncio.Event()
+        self._urgent = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def add(self, claim: Claim, n: int, ids: tuple[int, ...], text: str, outcome: Outcome | None, urgent: bool) -> None:
+        """Queues tokens that bring the job to ``n``, and its end if it came."""
+        pending = self._pending.get(claim.job_id)
+        if pending is None:
+            self._pending[claim.job_id] = _Pending(claim, n, ids, text, outcome)
+        else:
+            pending.n, pending.ids, pending.text = n, pending.ids + ids, pending.text + text
+            pending.outcome = outcome
+        self._some.set()
+        self._idle.clear()
+        if urgent or outcome is not None:
+            self._urgent.set()
+
+    def forget(self, job_id: str) -> None:
+        """Drops what is not sent yet of a job."""
+        self._pending.pop(job_id, None)
+
+    async def flushed(self) -> None:
+        """Returns when everything has been sent."""
+        await self._idle.wait()
+
+    async def run(self) -> None:
+        """The loop; ends only by cancellation."""
+        loop = asyncio.get_running_loop()
+        last = 0.0
+        while True:
+            await self._some.wait()
+            rest = last + self._window_s - loop.time()
+            if rest > 0 and not self._urgent.is_set():
+                await self._wait_urgent(rest)
+            self._some.clear()
+            self._urgent.clear()
+            batch, self._pending = list(self._pending.values()), {}
+            if batch:
+                last = loop.time()
+                await self._deliver(batch)
+            if not self._pending:
+                self._idle.set()
+
+    async def _wait_urgent(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._urgent.wait()
+        except TimeoutError:
+            pass
+
+    async def _deliver(self, batch: list[_Pending]) -> None:
+        """Sends a batch until Redis took it: a repeated call finds its own tokens and adds none."""
+        chunks = [Chunk(p.claim, p.n, p.ids, p.text) for p in batch if p.ids]
+        finishes = [_finish(p.claim, p.n, p.outcome) for p in batch if p.outcome is not None]
+        while True:
+            try:
+                answer = await append(self._redis, self._model, chunks, finishes)
+                break
+            except TRANSIENT as error:
+                log.warning("emit failed, trying again", jobs=len(batch), error=str(error))
+                await asyncio.sleep(RETRY_S)
+            except exceptions.RedisError:
+                log.exception("emit refused", jobs=[p.claim.job_id for p in batch])
+                for p in batch:
+                    self._lost(p.claim.job_id)
+                return
+        for chunk, status in zip(chunks, answer.chunks, strict=True):
+            if status is Status.GAP:
+                log.error("tokens missing in the log", job=chunk.claim.job_id, n=chunk.n)
+            if status in (Status.LOST, Status.GAP):
+                self._lost(chunk.claim.job_id)
+
+    def _lost(self, job_id: str) -> None:
+        self.forget(job_id)
+        self._on_lost(job_id)
+
+
+def _finish(claim: Claim, n: int, outcome: Outcome) -> Finish:
+    return Finish(claim, n, "succeeded" if outcome.succeeded else "failed", outcome.reason, outcome.result)

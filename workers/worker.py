@@ -1,0 +1,240 @@
+"""The worker: takes a slot, then claims, then generates, then finishes. One loop a duty; nothing ever calls a worker."""
+
+import asyncio
+import secrets
+import time
+from dataclasses import dataclass
+
+import structlog
+from redis.asyncio import Redis
+
+from fastchat_q import keys
+from fastchat_q.errors import FastchatQError, InvalidRequestError, JobFailedError
+from fastchat_q.events import Result
+from fastchat_q.jobs import Job
+from fastchat_q.loops import AWAY, every, listen
+from fastchat_q.queue import Claim, Queue
+from fastchat_q.registry import HEARTBEAT_S, Registration, Registry, process_id
+from fastchat_q.tokens import read
+
+from .engines.base import Ended, Engine, Output, Request
+from .publisher import Outcome, Publisher
+
+log = structlog.get_logger()
+
+RENEW_S = 3.0
+REAP_S = 1.0
+IDLE_POLL_S = 1.0
+"""How long an idle worker sleeps when no bell wakes it."""
+RETRY_S = 0.5
+
+
+@dataclass(slots=True)
+class Active:
+    """A claimed job: one slot. ``n`` counts its tokens, those of earlier attempts included."""
+
+    claim: Claim
+    n: int
+    since: float
+    emitted: bool = False
+
+
+class Worker:
+    """Serves one model from one engine.
+
+    Args:
+        redis: for commands.
+        blocking: for blocking reads and subscriptions.
+        engine: loaded, not started; its slots are the concurrency limit.
+        drain_s: on stop, running jobs may go on this long; then they are handed back.
+    """
+
+    def __init__(self, redis: "Redis", blocking: "Redis", engine: Engine, drain_s: float) -> None:
+        self.id = process_id("w")
+        self._model = engine.card.name
+        self._redis, self._blocking = redis, blocking
+        self._queue, self._bells = Queue(redis), Queue(blocking)
+        self._registry = Registry(redis)
+        self._engine = engine
+        self._drain_s = drain_s
+        self._active: dict[str, Active] = {}
+        self._slot_freed = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._publisher = Publisher(redis, self._model, self._lost)
+        self._registration = Registration.of_this_process(self.id, engine.card, engine.slots)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serves until ``stop`` is set, then drains.
+
+        Raises:
+            ExceptionGroup: a loop failed, or the engine died; the process should end.
+        """
+        loop = asyncio.get_running_loop()
+        self._engine.start(
+            sink=lambda outputs: _threadsafe(loop, self._on_outputs, outputs),
+            on_death=lambda: _threadsafe(loop, self._stopping.set),
+        )
+        async with asyncio.TaskGroup() as duties:
+            loops = [
+                duties.create_task(self._publisher.run()),
+                duties.create_task(every(HEARTBEAT_S, self._announce, "heartbeat")),
+                duties.create_task(every(RENEW_S, self._renew, "renew")),
+                duties.create_task(every(REAP_S, self._reap, "reap")),
+                duties.create_task(self._follow_hints()),
+                duties.create_task(_forward(stop, self._stopping)),
+            ]
+            log.info("serving", worker=self.id, model=self._model, slots=self._engine.slots)
+            await self._claim_until_stopped()
+            if self._engine.failure is None:
+                await self._drain()
+            for task in loops:
+                task.cancel()
+        if self._engine.failure is not None:
+            raise RuntimeError("the engine died") from self._engine.failure
+        self._engine.stop()
+
+    async def _claim_until_stopped(self) -> None:
+        while not self._stopping.is_set():
+            free = self._engine.slots - len(self._active)
+            try:
+                if free <= 0:
+                    self._slot_freed.clear()
+                    await self._or_stopping(self._slot_freed.wait())
+                    continue
+                claims = await self._queue.claim(self._model, self.id, free=free, nonce=secrets.token_hex(4))
+                for claim in claims:
+                    self._active[claim.job_id] = Active(claim, claim.n, time.monotonic())
+                for claim in claims:
+                    await self._begin(claim)
+                if len(claims) < free:
+                    await self._or_stopping(self._bells.wait(self._model, IDLE_POLL_S))
+            except AWAY as error:
+                log.warning("claim failed, trying again", error=str(error))
+                await asyncio.sleep(RETRY_S)
+
+    async def _begin(self, claim: Claim) -> None:
+        """Hands a claimed job to the engine, with the tokens that an earlier attempt logged."""
+        try:
+            job = Job.from_spec(claim.spec)
+            prior: tuple[int, ...] = ()
+            if claim.n:
+                deltas = await read(self._redis, self._model, claim.job_id)
+                prior = tuple(token for delta in deltas for token in delta.ids)
+                if len(prior) != claim.n:
+                    raise JobFailedError(
+                        f"The token log holds {len(prior)} of {claim.n} tokens.", code="log_incomplete"
+                    )
+                log.info("resuming", job=claim.job_id, attempt=claim.attempt, tokens=claim.n)
+        except FastchatQError as error:
+            self._end(self._active[claim.job_id], (), "", Ended(error=error))
+        else:
+            self._engine.submit(Request(job, prior))
+
+    def _on_outputs(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            active = self._active.get(output.job_id)
+            if active is None:
+                continue  # cancelled or lost meanwhile
+            active.n += len(output.ids)
+            if output.ended is not None:
+                self._end(active, output.ids, output.text, output.ended)
+            else:
+                urgent, active.emitted = not active.emitted, True
+                self._publisher.add(active.claim, active.n, output.ids, output.text, None, urgent)
+
+    def _end(self, active: Active, ids: tuple[int, ...], text: str, ended: Ended) -> None:
+        if ended.error is not None:
+            reason = ended.error.code or ended.error.type
+            outcome = Outcome(False, reason, Result.from_error(ended.error))
+            if not isinstance(ended.error, InvalidRequestError):
+                log.error("failed", job=active.claim.job_id, error=str(ended.error))
+        else:
+            reason = ended.finish_reason or "stop"
+            outcome = Outcome(True, reason, Result(finish_reason=ended.finish_reason, usage=ended.usage))
+        self._publisher.add(active.claim, active.n, ids, text, outcome, urgent=True)
+        took = round(time.monotonic() - active.since, 3)
+        log.info("done", job=active.claim.job_id, model=self._model, tokens=active.n, seconds=took, reason=reason)
+        self._free(active.claim.job_id)
+
+    def _free(self, job_id: str) -> None:
+        self._active.pop(job_id, None)
+        self._slot_freed.set()
+
+    def _lost(self, job_id: str) -> None:
+        """The job is cancelled, or somebody else's by now: stop at once and say nothing more of it."""
+        if job_id in self._active:
+            log.info("dropped", job=job_id, tokens=self._active[job_id].n)
+            self._engine.cancel(job_id)
+            self._free(job_id)
+
+    async def _follow_hints(self) -> None:
+        async for hint in listen(self._blocking, keys.worker_channel(self.id)):
+            verb, _, job_id = (hint or b"").decode().partition(" ")
+            if verb == "cancel":
+                self._publisher.forget(job_id)
+                self._lost(job_id)
+
+    async def _announce(self) -> None:
+        state = "draining" if self._stopping.is_set() else "serving"
+        await self._registry.announce(self._registration.at(len(self._active), state))
+
+    async def _renew(self) -> None:
+        if self._active:
+            for claim in await self._queue.renew(self._model, [a.claim for a in self._active.values()]):
+                self._lost(claim.job_id)
+
+    async def _reap(self) -> None:
+        reaped = await self._queue.reap(self._model)
+        if reaped.handed_back or reaped.dead or reaped.expired:
+            log.info("reaped", handed_back=reaped.handed_back, dead=reaped.dead, expired=reaped.expired)
+
+    async def _drain(self) -> None:
+        """Lets running jobs end within the limit, then hands the rest back with their tokens."""
+        log.info("draining", worker=self.id, running=len(self._active), seconds=self._drain_s)
+        try:
+            async with asyncio.timeout(self._drain_s):
+                await self._announce()
+                while self._active:
+                    self._slot_freed.clear()
+                    await self._slot_freed.wait()
+                await self._publisher.flushed()
+        except (TimeoutError, *AWAY):
+            log.warning("handing back", jobs=len(self._active))
+        try:
+            async with asyncio.timeout(5.0):
+                claims = [active.claim for active in self._active.values()]
+                for claim in claims:
+                    self._engine.cancel(claim.job_id)
+                    self._free(claim.job_id)
+                await self._publisher.flushed()
+                if claims:
+                    await self._queue.release(self._model, claims)
+                await self._registry.withdraw(self.id)
+        except (TimeoutError, *AWAY) as error:
+            log.warning("could not hand back: the leases will run out", error=str(error))
+
+    async def _or_stopping(self, awaitable) -> None:
+        """Waits for ``awaitable`` or for the worker to stop, whichever comes first."""
+        tasks = [asyncio.ensure_future(awaitable), asyncio.ensure_future(self._stopping.wait())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                tasks[0].result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _forward(source: asyncio.Event, target: asyncio.Event) -> None:
+    await source.wait()
+    target.set()
+
+
+def _threadsafe(loop: asyncio.AbstractEventLoop, callback, *args) -> None:
+    """call_soon_threadsafe that tolerates a loop which closed while the engine finished its step."""
+    try:
+        loop.call_soon_threadsafe(callback, *args)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
