@@ -1,7 +1,5 @@
 """The outermost layer: request id, bearer key, content type and body size, checked before anything is parsed."""
 
-from typing import Any
-
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
@@ -60,7 +58,7 @@ class Guard:
         content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != "application/json" and not content_type.endswith("+json"):
             raise UnsupportedMediaTypeError(
-                f"Content-Type {content_type!r} is not supported. Send JSON with the header Content-Type: application/json."
+                f"Content-Type {content_type!r} is not supported. Send JSON, with Content-Type: application/json."
             )
         declared = headers.get("content-length", "")
         size = int(declared) if declared.isdecimal() else 0
@@ -86,7 +84,7 @@ class Guard:
         return _replay({"type": "http.request", "body": b"".join(parts), "more_body": False}, receive)
 
 
-def _replay(first: dict[str, Any], receive: Receive) -> Receive:
+def _replay(first: Message, receive: Receive) -> Receive:
     waiting: list[Message] = [first]
 
     async def replay() -> Message:

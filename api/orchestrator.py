@@ -1,4 +1,4 @@
-"""The orchestrator: an arq worker with short ticks of housekeeping. Nothing is lost, and nobody waits, while it is away.
+"""The orchestrator: an arq worker with short ticks of housekeeping. Nothing is lost and nobody waits while it is away.
 
 arq's default serializer is pickle, with which anybody who can write to Redis owns this process: JSON both ways instead.
 """

@@ -1,6 +1,6 @@
 """Every failure becomes OpenAI's error object with its HTTP status, whoever raised it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -62,12 +62,18 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return error_response(invalid_request(error.errors()[0]))
+    return error_response(invalid_request(most_specific(error.errors())))
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
     log.error("unexpected error", path=request.url.path, exc_info=error)
     return error_response(FastchatQError("The server had an error while processing your request. Its log says more."))
+
+
+def most_specific(details: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The first error; where it is one branch of a union, the branch that got furthest into the value."""
+    first = _path(details[0]["loc"])
+    return max((d for d in details if _path(d["loc"]).startswith(first)), key=lambda d: len(_path(d["loc"])))
 
 
 def invalid_request(detail: Mapping[str, Any]) -> InvalidRequestError:
@@ -100,7 +106,7 @@ def _path(location: tuple[Any, ...]) -> str:
     for part in location[1:] if location[:1] == ("body",) else location:
         if isinstance(part, int):
             path += f"[{part}]" if path else ""
-        elif part not in ("str", "int", "float") and "[" not in part:
+        elif part != "str" and not part.startswith(("constrained-", "list[")):
             path += f".{part}" if path else part
     return path
 

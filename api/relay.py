@@ -1,7 +1,7 @@
-"""Brings workers' events to the requests that wait for them: one subscription for the whole process, the logs behind it.
+"""Brings workers' events to the requests that wait for them: one subscription for the process, the logs behind it.
 
-The channel is a hint. What it loses (a gap, the tail, a reconnect) is read from the token log; a stream that is silent is
-looked after once a second. A request that leaves before its end cancels its job.
+The channel is a hint. What it loses (a gap, the tail, a reconnect) is read from the token log; a stream that is silent
+is looked after once a second. A request that leaves before its end cancels its job.
 """
 
 import asyncio
@@ -185,7 +185,7 @@ class Relay:
         for stream in streams:
             names, job = keys.model_keys(stream.job.model), stream.job
             pipe.xrange(names.log(job.id), min=f"(0-{stream.seen}")
-            pipe.hmget(names.job(job.id), "state", "n", "reason", "result")
+            pipe.hmget(names.job(job.id), ["state", "n", "reason", "result"])
             pipe.zrank(names.waiting(job.lane), job.id)
             pipe.zcard(names.waiting("hi"))
         replies = await pipe.execute()

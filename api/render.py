@@ -104,7 +104,7 @@ class ChunkWriter:
 
 
 def error_event(error: FastchatQError) -> bytes:
-    """An error after the first byte: the official clients raise it. No [DONE] follows, because the answer is not whole."""
+    """An error after the first byte, which the official clients raise. No [DONE] follows: the answer is not whole."""
     return b"data: " + orjson.dumps(error.body()) + b"\n\n"
 
 

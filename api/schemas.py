@@ -1,4 +1,4 @@
-"""OpenAI's request shapes, and the one function that turns a request into a job. What is not honoured is refused by name."""
+"""OpenAI's request shapes, and the one way from a request to a job. What is not honoured is refused by name."""
 
 import secrets
 from typing import Annotated, Any, Literal, Self
@@ -80,8 +80,8 @@ class ChatRequest(_Request):
     messages: list[ChatMessage] = Field(min_length=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     temperature: float | None = Field(default=None, ge=0.0, le=2.0)
     top_p: float | None = Field(default=None, ge=0.0, le=1.0)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)

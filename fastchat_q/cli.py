@@ -107,9 +107,9 @@ def serve(
     settings = _settings(
         host=host, port=port, state_dir=state_dir, redis_url=redis_url, auth=False if no_auth else None, drain_s=drain_s
     )
-    from .api import server
+    from .api.server import run
 
-    server.run(settings)
+    run(settings)
 
 
 @app.command()
@@ -131,10 +131,10 @@ def worker(
 
     logs.configure()
     settings = _settings(state_dir=state_dir, redis_url=redis_url, drain_s=drain_s)
-    from .workers import main as workers
+    from .workers.main import WorkerOptions, run
 
-    workers.run(
-        workers.WorkerOptions(
+    run(
+        WorkerOptions(
             model=model,
             name=name,
             engine=_check_engine(engine),
@@ -156,9 +156,9 @@ def orchestrator(state_dir: StateDir = None, redis_url: RedisUrl = None) -> None
 
     logs.configure()
     settings = _settings(state_dir=state_dir, redis_url=redis_url)
-    from .api import orchestrator as arq_worker
+    from .api.orchestrator import run
 
-    arq_worker.run(settings.resolved_redis_url)
+    run(settings.resolved_redis_url)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from redis import exceptions
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, ReadOnlyError, TimeoutError
 
 from .errors import ConfigurationError
 
@@ -40,5 +40,6 @@ def connect(url: str, *, blocking: bool = False, max_connections: int = 64) -> "
         options["socket_keepalive"] = True
     if not blocking:
         options["retry"] = Retry(ExponentialBackoff(cap=0.5, base=0.02), 3)
-        options["retry_on_error"] = [ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError]
-    return Redis.from_url(url, **options)
+        options["retry_on_error"] = [exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError]
+    client: Redis = Redis.from_url(url, **options)
+    return client

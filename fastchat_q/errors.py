@@ -121,7 +121,7 @@ class JobFailedError(FastchatQError):
         message: str,
         *,
         status: int = 500,
-        type: str = "server_error",
+        type: str = "server_error",  # noqa: A002  the name on the wire
         code: str | None = None,
         param: str | None = None,
     ) -> None:

@@ -17,7 +17,7 @@ LANES = ("hi", "lo")
 
 
 def slug(model: str) -> str:
-    """The queue name of a model: ``[a-z0-9._-]{1,48}``; a name that does not fit keeps its readable part plus a hash."""
+    """The queue name of a model: ``[a-z0-9._-]{1,48}``; others keep a readable part plus a hash."""
     readable = re.sub(r"[^a-z0-9._-]+", "-", model.lower()).strip("-") or "model"
     if readable == model and len(model) <= 48:
         return model
@@ -95,7 +95,7 @@ WORKERS = "fq:workers"
 """Zset: worker id -> expiry of its registration in ms. Index over `worker`; pruned by every heartbeat."""
 
 MODELS = "fq:models"
-"""Zset: model name -> last seen in ms. Tells «no worker at the moment» from «never heard of it»; forgotten after 24 h."""
+"""Zset: model name -> last seen in ms. Tells «no worker now» from «never heard of it»; forgotten after 24 h."""
 
 
 def api_server(api_id: str) -> str:

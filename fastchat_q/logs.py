@@ -1,4 +1,4 @@
-"""Logs are one line an event on stderr: a verb, ids, figures. JSON when stderr is no terminal and ``json`` is asked for."""
+"""Logs are one line an event on stderr: a verb, ids, figures; as text, or as JSON if asked for."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ import structlog
 LogFormat = Literal["text", "json"]
 
 
-def configure(format: LogFormat = "text", level: str = "info") -> None:
+def configure(log_format: LogFormat = "text", level: str = "info") -> None:
     """Sets up structlog for this process, and sends what libraries log through the same renderer."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -18,13 +18,13 @@ def configure(format: LogFormat = "text", level: str = "info") -> None:
     ]
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
-        if format == "json"
+        if log_format == "json"
         else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
     )
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
         processors=[*shared, structlog.processors.format_exc_info, renderer]
-        if format == "json"
+        if log_format == "json"
         else [*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),

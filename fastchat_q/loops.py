@@ -45,7 +45,7 @@ async def listen(redis: "Redis", channel: str) -> AsyncIterator[bytes | None]:
         try:
             await pubsub.subscribe(channel)
             while True:
-                message = await pubsub.get_message(timeout=None)  # type: ignore[arg-type]
+                message = await pubsub.get_message(timeout=None)
                 if message is None:
                     continue
                 if message["type"] == "subscribe":

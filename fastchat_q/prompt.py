@@ -1,5 +1,6 @@
 """``fastchat-q redis``: the real redis-cli or valkey-cli on the right socket, or a small prompt where there is none."""
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -41,7 +42,7 @@ def execute(connection: "redis.Redis", arguments: list[str]) -> int:
     try:
         # redis-py turns some replies into Python objects; the protocol's own shape is what people know.
         connection.response_callbacks.clear()
-        print(format_reply(connection.execute_command(*arguments)))
+        print(format_reply(connection.execute_command(*arguments)))  # type: ignore[no-untyped-call]
     except RedisError as error:
         print(f"(error) {error}")
         return 1
@@ -66,10 +67,8 @@ def format_reply(reply: Any, indent: str = "") -> str:
 
 
 def _loop(connection: "redis.Redis", url: str) -> int:
-    try:
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401  history and line editing for input()
-    except ImportError:
-        pass
     print(f"No valkey-cli or redis-cli on the PATH: a small prompt on {url}. Type a command, or exit.")
     while True:
         try:

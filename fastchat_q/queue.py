@@ -76,7 +76,7 @@ class Queue:
         verdict, detail = await scripts.call(self._redis, "enqueue", keys.model_keys(job.model).script_keys, args)
         if verdict == b"full":
             raise QueueFullError(
-                f"The queue of model {job.model!r} is full: {detail} jobs wait, the limit is {max_waiting}. Retry later."
+                f"The queue of model {job.model!r} is full: {detail} jobs wait, the limit is {max_waiting}. Retry later"
             )
         return int(detail) if verdict == b"new" else 0
 
@@ -93,7 +93,7 @@ class Queue:
 
     async def wait(self, model: str, timeout_s: float) -> None:
         """Blocks until a job may be there, at the most ``timeout_s`` seconds. Needs a blocking connection."""
-        await self._redis.blpop([keys.model_keys(model).bell], timeout=timeout_s)  # type: ignore[misc]
+        await self._redis.blpop([keys.model_keys(model).bell], timeout=timeout_s)  # type: ignore[arg-type, misc]
 
     async def renew(self, model: str, claims: Sequence[Claim]) -> list[Claim]:
         """Extends the leases; returns the claims that are lost."""

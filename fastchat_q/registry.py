@@ -1,4 +1,4 @@
-"""Who is there: workers and API servers as hashes with TTLs. A process that stops renewing is gone; nobody removes it."""
+"""Who is there: workers and API servers as hashes with TTLs. Who stops renewing is gone; nobody removes it."""
 
 import os
 import socket
@@ -60,9 +60,9 @@ class Registration:
             worker_id, card, slots, 0, "serving", socket.gethostname(), os.getpid(), __version__, int(time.time())
         )
 
-    def at(self, running: int, state: Literal["serving", "draining"]) -> "Registration":
+    def at(self, running: int, draining: bool) -> "Registration":
         """The same worker, at another moment."""
-        return replace(self, running=running, state=state)
+        return replace(self, running=running, state="draining" if draining else "serving")
 
 
 class Registry:

@@ -47,10 +47,10 @@ async def call(redis: "Redis", name: str, keys: Sequence[str], args: Sequence[Ar
     """
     sha = script(name).sha
     try:
-        return await redis.evalsha(sha, len(keys), *keys, *args)  # type: ignore[misc]
+        return await redis.evalsha(sha, len(keys), *keys, *args)  # type: ignore[misc, arg-type]
     except NoScriptError:
         await load_all(redis)
-        return await redis.evalsha(sha, len(keys), *keys, *args)  # type: ignore[misc]
+        return await redis.evalsha(sha, len(keys), *keys, *args)  # type: ignore[misc, arg-type]
 
 
 async def call_many(redis: "Redis", calls: Iterable[Call]) -> list[Any]:

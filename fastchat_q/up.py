@@ -1,6 +1,7 @@
 """``fastchat-q up``: the whole stack on one machine, as supervised child processes, from one command."""
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
@@ -242,10 +243,8 @@ async def end_orphan(redis: "Redis") -> None:
     while await is_up(redis):
         if time.monotonic() > deadline:
             raise ConfigurationError("An embedded Redis of an earlier run is still there and does not shut down.")
-        try:
+        with contextlib.suppress(RedisError, OSError):
             await redis.shutdown()
-        except (RedisError, OSError):
-            pass
         await asyncio.sleep(POLL_S)
 
 

@@ -1,8 +1,9 @@
-"""The worker: takes a slot, then claims, then generates, then finishes. One loop a duty; nothing ever calls a worker."""
+"""The worker: takes a slot, then claims, then generates, then finishes. One loop a duty; nothing calls a worker."""
 
 import asyncio
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import structlog
@@ -175,8 +176,7 @@ class Worker:
                 self._lost(job_id)
 
     async def _announce(self) -> None:
-        state = "draining" if self._stopping.is_set() else "serving"
-        await self._registry.announce(self._registration.at(len(self._active), state))
+        await self._registry.announce(self._registration.at(len(self._active), self._stopping.is_set()))
 
     async def _renew(self) -> None:
         if self._active:
@@ -213,7 +213,7 @@ class Worker:
         except (TimeoutError, *AWAY) as error:
             log.warning("could not hand back: the leases will run out", error=str(error))
 
-    async def _or_stopping(self, awaitable) -> None:
+    async def _or_stopping(self, awaitable: Awaitable[object]) -> None:
         """Waits for ``awaitable`` or for the worker to stop, whichever comes first."""
         tasks = [asyncio.ensure_future(awaitable), asyncio.ensure_future(self._stopping.wait())]
         try:
@@ -231,7 +231,7 @@ async def _forward(source: asyncio.Event, target: asyncio.Event) -> None:
     target.set()
 
 
-def _threadsafe(loop: asyncio.AbstractEventLoop, callback, *args) -> None:
+def _threadsafe(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: object) -> None:
     """call_soon_threadsafe that tolerates a loop which closed while the engine finished its step."""
     try:
         loop.call_soon_threadsafe(callback, *args)

@@ -2,7 +2,6 @@
 
 import queue
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,7 +101,8 @@ class Engine(ABC):
         """Seconds until the next step is due; None: nothing to do until a request comes."""
 
     def _run(self) -> None:
-        assert self._sink is not None and self._on_death is not None  # start() ran
+        assert self._sink is not None, "start() was not called"
+        assert self._on_death is not None
         try:
             while True:
                 outputs: list[Output] = []
@@ -117,11 +117,9 @@ class Engine(ABC):
 
     def _receive(self, outputs: list[Output]) -> bool:
         """Takes in all that waits, at the most until the next step is due; False: stop."""
-        due = self.wait_s()
-        until = None if due is None else time.monotonic() + due
         while True:
             try:
-                timeout = None if until is None else max(0.0, until - time.monotonic())
+                timeout = 0.0 if outputs else self.wait_s()
                 item = self._inbox.get(block=timeout != 0, timeout=timeout)
             except queue.Empty:
                 return True
@@ -131,8 +129,6 @@ class Engine(ABC):
                 self.drop(item)
             else:
                 self._admit(item, outputs)
-            due = self.wait_s()
-            until = None if due is None else time.monotonic() + due
 
     def _admit(self, request: Request, outputs: list[Output]) -> None:
         try:

@@ -16,32 +16,36 @@ from transformers.cache_utils import DynamicLayer
 GROW_COLUMNS = 128
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A DynamicLayer whose storage grows in blocks: torch.cat a step would copy the whole cache for every token."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self.adopt(keys, values)
 
     def adopt(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Takes tensors (rows, heads, columns, head size), with room for more columns behind them."""
-        columns = keys.shape[-2]
         self._key_store = functional.pad(keys, (0, 0, 0, GROW_COLUMNS))
         self._value_store = functional.pad(values, (0, 0, 0, GROW_COLUMNS))
-        self.keys, self.values = self._key_store[:, :, :columns], self._value_store[:, :, :columns]
+        self._show(keys.shape[-2])
+
+    def _show(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self._columns = columns
+        keys, values = self._key_store[:, :, :columns], self._value_store[:, :, :columns]
+        self.keys, self.values = keys, values
+        return keys, values
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the new columns behind the old ones and returns all of them."""
-        start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        start, end = self._columns, self._columns + key_states.shape[-2]
         if end > self._key_store.shape[-2]:
-            self.adopt(self.keys, self.values)
+            self.adopt(self._key_store[:, :, :start], self._value_store[:, :, :start])
         self._key_store[:, :, start:end] = key_states
         self._value_store[:, :, start:end] = value_states
-        self.keys, self.values = self._key_store[:, :, :end], self._value_store[:, :, :end]
-        return self.keys, self.values
+        return self._show(end)
 
 
 class Forward:
@@ -83,7 +87,9 @@ class Forward:
 class Row(Protocol):
     """What a batch needs to know of a row."""
 
-    last_id: int
+    @property
+    def last_id(self) -> int:
+        """The token that the next decode step feeds."""
 
 
 R = TypeVar("R", bound=Row)

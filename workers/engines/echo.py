@@ -1,4 +1,4 @@
-"""The engine without a model: answers with the last user message, a token a word. For load tests and people without torch."""
+"""The engine without a model: repeats the last user message, a token a word. For load tests, and without torch."""
 
 import heapq
 import re

@@ -56,7 +56,8 @@ def load(source: str, device: Device = "auto", dtype: Dtype = "auto") -> Loaded:
             "Use an instruction-tuned variant of it."
         )
     try:
-        model = model.to(target).eval()
+        torch.nn.Module.to(model, target)
+        torch.nn.Module.eval(model)
     except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
         raise ConfigurationError(f"Model {source!r} does not fit on {target}: {_first_line(error)}") from error
     return Loaded(model, tokenizer, target, _context_length(config), _eos_ids(model, tokenizer))

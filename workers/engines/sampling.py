@@ -1,4 +1,4 @@
-"""Choosing tokens from logits: all rows in one go, and reproducibly: a draw depends on (seed, position) and nothing else."""
+"""Choosing tokens from logits: all rows in one go, each draw a function of (seed, position) and nothing else."""
 
 import hashlib
 from collections.abc import Sequence

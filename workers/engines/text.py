@@ -1,10 +1,12 @@
-"""From token ids to the text that may be shown: whole characters only, and nothing that may yet become a stop string."""
+"""From token ids to text that may be shown: whole characters, and nothing that may yet become a stop string."""
 
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"
 MAX_HELD_TOKENS = 8
 """An incomplete character has at most 4 bytes; a longer run of undecodable bytes is shown as it is."""
+MAX_UNFINISHED_TOKENS = 3
+"""The last tokens of such a run still wait: they may begin a character, which would be lost if they were shown."""
 
 
 class Detokenizer:
@@ -24,11 +26,17 @@ class Detokenizer:
         self._window.append(token_id)
         before = self._decode(self._window[: self._shown])
         now = self._decode(self._window)
-        held = len(self._window) - self._shown
-        if len(now) <= len(before) or (now.endswith(REPLACEMENT) and held <= MAX_HELD_TOKENS):
-            return ""
+        end = len(self._window)
+        if len(now) <= len(before) or now.endswith(REPLACEMENT):
+            if end - self._shown <= MAX_HELD_TOKENS:
+                return ""
+            if len(now) <= len(before):  # tokens without text, such as special ones: the window would grow for ever
+                del self._window[self._shown :]
+                return ""
+            end -= MAX_UNFINISHED_TOKENS
+            now = self._decode(self._window[:end])
         del self._window[: self._shown]
-        self._shown = len(self._window)
+        self._shown = end - self._shown
         return now[len(before) :]
 
     def flush(self) -> str:
@@ -52,10 +60,10 @@ class StopMatcher:
         if not self._stop:
             return text, False
         text = self._held + text
-        found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
-        if found:
+        found = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
+        if found:  # the one that is complete first, as if text came by the character: chunks change nothing
             self._held = ""
-            return text[: min(found)], True
+            return text[: min(found)[1]], True
         keep = self._suffix_that_may_stop(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

@@ -129,7 +129,7 @@ class TransformersEngine(Engine):
             raise InvalidRequestError(
                 f"The chat template of {job.model!r} refuses these messages: {error}", param="messages"
             ) from error
-        ids: list[int] = encoded["input_ids"]
+        ids: list[int] = encoded["input_ids"]  # type: ignore[index, call-overload, assignment]
         if not ids:
             raise InvalidRequestError(
                 f"The chat template of {job.model!r} makes an empty prompt of them.", param="messages"
@@ -149,8 +149,8 @@ class TransformersEngine(Engine):
         if prompt_tokens + (max_tokens or 1) > context:
             asked = f" and {max_tokens} for the completion" if max_tokens else ""
             raise ContextLengthError(
-                f"This model's maximum context length is {context} tokens, but the request asks for {prompt_tokens} in the "
-                f"messages{asked}. Shorten the messages or lower max_tokens.",
+                f"This model's maximum context length is {context} tokens, but the request asks for {prompt_tokens} "
+                f"in the messages{asked}. Shorten the messages or lower max_tokens.",
                 param="messages",
             )
         return max_tokens or context - prompt_tokens

@@ -1,0 +1,165 @@
+"""Whatever is sent, the answer is a clear OpenAI error, the server stays healthy, and nothing is left in Redis."""
+
+from typing import Any
+
+import openai
+import pytest
+
+from .http_client import CHAT, get, post
+from .stack import API_KEY, Stack
+
+USER = {"role": "user", "content": "hi"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(echo_stack: Stack) -> Any:
+    before = set(echo_stack.job_keys("echo"))
+    yield
+    assert get(echo_stack.port, "/readyz", authorization=None).status == 200
+    assert set(echo_stack.job_keys("echo")) == before
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "says"),
+    [
+        (b"{not json", "invalid_json", "JSON"),
+        (b"", "missing_body", "body"),
+        (b"\xff\xfe", None, "body"),
+        (b"[" * 100_000, None, "body"),
+        (b"null", None, ""),
+        (b"[]", "invalid_value", ""),
+        (b'"text"', None, ""),
+        (b"{}", "missing_required_parameter", "model"),
+    ],
+)
+def test_a_body_that_is_no_request(echo_stack: Stack, body: bytes, code: str | None, says: str) -> None:
+    reply = post(echo_stack.port, body)
+    assert reply.status == 400
+    error = reply.error()
+    assert error["type"] == "invalid_request_error"
+    assert says in error["message"]
+    if code is not None and body not in (b"[]",):
+        assert error["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": 5}, "model"),
+        ({"model": ""}, "model"),
+        ({"messages": []}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].role"),
+        ({"messages": [USER, {"role": "user"}]}, "messages[1].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": "hi", "extra": 1}]}, "messages[0].extra"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -5}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"seed": 2**64}, "seed"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stop": [""]}, "stop[0]"),
+        ({"stop": {"a": 1}}, "stop"),
+        ({"stream": "maybe"}, "stream"),
+        ({"service_tier": "gold"}, "service_tier"),
+        ({"n": 2}, "n"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"logprobs": True}, "logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"temprature": 0.5}, "temprature"),
+        ({"stream_options": {"include_usage": True}}, None),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, None),
+    ],
+)
+def test_a_parameter_out_of_order_is_named(echo_stack: Stack, fields: dict[str, Any], param: str | None) -> None:
+    reply = post(echo_stack.port, {"model": "echo", "messages": [USER], **fields})
+    assert reply.status == 400, reply.body
+    error = reply.error()
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    if param is not None:
+        assert param in error["message"]
+
+
+def test_an_unknown_model_is_404_with_near_matches(echo_stack: Stack) -> None:
+    reply = post(echo_stack.port, {"model": "ecko", "messages": [USER]})
+    assert reply.status == 404
+    assert reply.error()["code"] == "model_not_found"
+    assert "'echo'" in reply.error()["message"]
+    assert get(echo_stack.port, "/v1/models/ecko").status == 404
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_five_megabyte_prompt_is_413(echo_stack: Stack, chunked: bool) -> None:
+    raw = b'{"model":"echo","messages":[{"role":"user","content":"' + b"x" * 5_000_000 + b'"}]}'
+    headers: dict[str, str | None] = {}
+    if chunked:
+        raw = b"%x\r\n%s\r\n0\r\n\r\n" % (len(raw), raw)
+        headers = {"content-length": None, "transfer-encoding": "chunked"}
+    reply = post(echo_stack.port, raw, headers=headers)
+    assert reply.status == 413
+    assert reply.error()["code"] == "request_too_large"
+    assert "1048576" in reply.error()["message"]
+
+
+@pytest.mark.parametrize(
+    ("authorization", "code"),
+    [(None, "invalid_api_key"), ("Bearer wrong", "invalid_api_key"), ("Bearer ", "invalid_api_key"), (API_KEY, None),
+     ("Bearer clé", "invalid_api_key")],
+)  # fmt: skip
+def test_without_the_key_it_is_401(echo_stack: Stack, authorization: str | None, code: str | None) -> None:
+    for reply in (
+        post(echo_stack.port, {"model": "echo", "messages": [USER]}, headers={"authorization": authorization}),
+        post(echo_stack.port, b"{not json", headers={"authorization": authorization}),
+        get(echo_stack.port, "/v1/models", authorization=authorization),
+    ):
+        assert reply.status == 401
+        assert reply.error()["code"] == "invalid_api_key"
+        assert reply.headers["www-authenticate"] == "Bearer"
+        assert API_KEY not in reply.body.decode()
+
+
+def test_the_official_client_raises_its_own_exceptions(echo_stack: Stack) -> None:
+    with echo_stack.client() as client:
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model="nope", messages=[USER])  # type: ignore[list-item]
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(model="echo", messages=[])
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="wrong").models.list()
+
+
+def test_another_content_type_is_415(echo_stack: Stack) -> None:
+    reply = post(echo_stack.port, b"model=echo", headers={"content-type": "application/x-www-form-urlencoded"})
+    assert reply.status == 415
+    assert "application/json" in reply.error()["message"]
+
+
+def test_unknown_paths_and_methods_are_openai_errors_too(echo_stack: Stack) -> None:
+    assert get(echo_stack.port, "/v1/nothing").status == 404
+    assert get(echo_stack.port, "/v1/nothing").error()["code"] == "not_found"
+    reply = get(echo_stack.port, CHAT)
+    assert (reply.status, reply.error()["code"]) == (405, "method_not_allowed")
+
+
+def test_a_failure_in_the_worker_before_the_first_token_has_its_own_status(echo_stack: Stack) -> None:
+    for stream in (False, True):
+        reply = post(echo_stack.port, {"model": "echo", "stream": stream, "messages": [{"role": "user", "content": ""}]})
+        assert reply.status == 400
+        assert reply.error()["param"] == "messages"
+        for name in echo_stack.job_keys("echo"):   # this one was a job: it is kept, as failed, for its TTL
+            echo_stack.redis.delete(name)

@@ -1,0 +1,383 @@
+"""The queue protocol, script by script, against a real server."""
+
+import asyncio
+import time
+
+import pytest
+from redis.asyncio import Redis
+
+from fastchat_q import keys
+from fastchat_q.errors import QueueFullError
+from fastchat_q.events import Delta, End, Result, Usage, parse_line
+from fastchat_q.jobs import Job, Message, Sampling
+from fastchat_q.queue import Claim, Finish, Queue
+from fastchat_q.tokens import Appended, Chunk, Status, append, read
+
+MODEL = "org/Some-Model"
+NAMES = keys.model_keys(MODEL)
+DONE = Result("stop", Usage(3, 2))
+
+
+def job(number: int = 1, lane: str = "hi") -> Job:
+    return Job.model_validate(
+        {"id": f"JOB{number:04}", "model": MODEL, "lane": lane, "messages": [{"role": "user", "content": "hi"}]}
+    )
+
+
+async def enqueue(queue: Queue, number: int = 1, lane: str = "hi", deadline_s: float = 60, max_waiting: int = 100) -> int:
+    return await queue.enqueue(job(number, lane), inbox="fq:inbox:t", deadline_s=deadline_s, max_waiting=max_waiting)
+
+
+async def claim(queue: Queue, worker: str = "w1", free: int = 1, lanes: tuple[str, ...] = ("hi", "lo")) -> list[Claim]:
+    return await queue.claim(MODEL, worker, free=free, nonce=f"n{time.monotonic_ns()}", lanes=lanes)
+
+
+async def emit(redis: "Redis", holder: Claim, n: int, *ids: int, text: str = "x") -> Status:
+    return (await append(redis, MODEL, [Chunk(holder, n, ids, text)])).chunks[0]
+
+
+async def finish(redis: "Redis", holder: Claim, n: int) -> Status:
+    return (await append(redis, MODEL, [], [Finish(holder, n, "succeeded", "stop", DONE)])).finishes[0]
+
+
+async def field(redis: "Redis", name: str, number: int = 1) -> str | None:
+    value = await redis.hget(NAMES.job(f"JOB{number:04}"), name)  # type: ignore[misc]
+    return None if value is None else value.decode()
+
+
+async def expire_lease(redis: "Redis", number: int = 1) -> None:
+    await redis.zadd(NAMES.lease, {f"JOB{number:04}": 1})
+
+
+async def test_a_job_goes_from_queued_to_running_to_succeeded(redis: "Redis") -> None:
+    queue = Queue(redis)
+    assert await enqueue(queue) == 1
+    assert await field(redis, "state") == "queued"
+    [held] = await claim(queue)
+    assert (held.job_id, held.attempt, held.n) == ("JOB0001", 1, 0)
+    assert Job.from_spec(held.spec) == job()
+    assert await field(redis, "state") == "running"
+    assert await emit(redis, held, 2, 7, 8, text="ab") is Status.OK
+    assert await finish(redis, held, 2) is Status.OK
+    assert await field(redis, "state") == "succeeded"
+    assert await read(redis, MODEL, "JOB0001") == [Delta(2, 2, (7, 8), "ab")]
+
+
+async def test_a_finished_job_leaves_nothing_behind_that_has_no_ttl(redis: "Redis") -> None:
+    queue = Queue(redis)
+    await enqueue(queue)
+    [held] = await claim(queue)
+    await emit(redis, held, 1, 7)
+    await finish(redis, held, 1)
+    for name in (NAMES.job("JOB0001"), NAMES.log("JOB0001")):
+        assert 0 < await redis.pttl(name) <= 120_000
+    assert await redis.xlen(NAMES.stream("hi")) == 0
+    for zset in (NAMES.live, NAMES.lease, NAMES.waiting("hi")):
+        assert await redis.zcard(zset) == 0
+    assert await field(redis, "spec") is None, "the prompt of a job that is done is not kept"
+
+
+async def test_enqueueing_the_same_job_twice_keeps_one(redis: "Redis") -> None:
+    queue = Queue(redis)
+    places = await asyncio.gather(*(enqueue(queue) for _ in range(50)))
+    assert sorted(places)[-2:] == [0, 1]
+    assert len(await claim(queue, free=10)) == 1
+
+
+async def test_a_full_lane_refuses_and_stores_nothing(redis: "Redis") -> None:
+    queue = Queue(redis)
+    for number in range(3):
+        await enqueue(queue, number, max_waiting=3)
+    with pytest.raises(QueueFullError, match="3 jobs wait, the limit is 3"):
+        await enqueue(queue, 9, max_waiting=3)
+    assert await redis.exists(NAMES.job("JOB0009")) == 0
+    await enqueue(queue, 10, lane="lo", max_waiting=3)
+
+
+async def test_jobs_are_claimed_in_order_and_interactive_before_batch(redis: "Redis") -> None:
+    queue = Queue(redis)
+    await enqueue(queue, 1, lane="lo")
+    for number in (2, 3):
+        await enqueue(queue, number)
+    taken = await claim(queue, free=10)
+    assert [held.job_id for held in taken] == ["JOB0002", "JOB0003", "JOB0001"]
+
+
+async def test_a_worker_never_gets_more_than_its_free_slots(redis: "Redis") -> None:
+    queue = Queue(redis)
+    for number in range(10):
+        await enqueue(queue, number, lane="hi" if number % 2 else "lo")
+    assert len(await claim(queue, free=7)) == 7
+    assert len(await claim(queue, "w2", free=7)) == 3
+
+
+async def test_a_lost_lease_hands_the_job_back_to_the_head_of_the_lane(redis: "Redis") -> None:
+    queue = Queue(redis)
+    for number in (1, 2):
+        await enqueue(queue, number)
+    [first] = await claim(queue)
+    await emit(redis, first, 3, 7, 8, 9)
+    await expire_lease(redis)
+    assert (await queue.reap(MODEL)).handed_back == 1
+    [again] = await claim(queue, "w2")
+    assert (again.job_id, again.attempt, again.n) == ("JOB0001", 2, 3)
+    assert again.fence != first.fence
+
+
+async def test_a_zombie_can_neither_emit_nor_finish_nor_renew_nor_release(redis: "Redis") -> None:
+    queue = Queue(redis)
+    await enqueue(queue)
+    [zombie] = await claim(queue)
+    await emit(redis, zombie, 1, 7)
+    await expire_lease(redis)
+    await queue.reap(MODEL)
+    assert await emit(redis, zombie, 2, 8) is Status.LOST, "between two claims nobody may write"
+    [heir] = await claim(queue, "w2")
+    assert await emit(redis, zombie, 2, 8) is Status.LOST
+    assert await finish(redis, zombie, 1) is Status.LOST
+    assert await queue.renew(MODEL, [zombie]) == [zombie]
+    await queue.release(MODEL, [zombie])
+    assert await emit(redis, heir, 2, 9) is Status.OK
+    assert [delta.ids for delta in await read(redis, MODEL, "JOB0001")] == [(7,), (9,)]
+
+
+async def test_the_same_attempt_number_with_another_nonce_is_fenced_out(redis: "Redis") -> None:
+    queue = Queue(redis)
+    await enqueue(queue)
+    [held] = await claim(queue)
+    twin = Claim(held.job_id, f"{held.attempt}-other", held.attempt, 0, held.ms_left, held.spec)
+    assert await emit(redis, twin, 1, 7) is Status.LOST
+
+
+async def test_a_repeated_emit_adds_no_token_and_a_gap_is_refused(redis: "Redis") -> None:
+    queue = Queue(redis)
+    await enqueue(queue)
+    [held] = await claim(queue)
+    assert await emit(redis, held, 2, 1, 2) is Status.OK
+    assert await emit(redis, held, 2, 1, 2) is Status.DUPLICATE
+    assert await emit(redis, held, 4, 4) is Status.GAP
+    assert [delta.n for delta in await read(redis, MODEL, "JOB0001")] == [2]
+
+
+async def test_a_finish_that_overtakes_its_tokens_is_refused(redis: "Redis") -> None:
+    queue = Queue(redis)
+    await enqueue(queue)
+    [held] = await claim(queue)
+    await emit(redis, held, 1, 1)
+    assert await finish(redis, held, 2) is Status.GAP
+    assert await field(redis, "state") == "running"
+
+
+async def test_tokens_and_end_of_many_jobs_travel_in_one_message_for_their_inbox(
+    redis: "Redis", blocking_redis: "Redis"
+) -> None:
+    queue = Queue(redis)
+    pubsub = blocking_redis.pubsub()
+    await pubsub.subscribe("fq:inbox:t")
+    await pubsub.get_message(timeout=5)
+    for number in (1, 2):
+        await enqueue(queue, number)
+    a, b = await claim(queue, free=2)
+    answer: Appended = await append(
+        redis,
+        MODEL,
+        [Chunk(a, 1, (5,), "é 😀\n"), Chunk(b, 2, (6, 7), "b")],
+        [Finish(b, 2, "succeeded", "stop", DONE)],
+    )
+    assert answer.chunks == [Status.OK, Status.OK]
+    tokens = (await pubsub.get_message(timeout=5))["data"].split(b"\n")
+    assert [parse_line(line) for line in tokens] == [
+        ("JOB0001", Delta(1, 1, (5,), "é 😀\n")),
+        ("JOB0002", Delta(2, 2, (6, 7), "b")),
+    ]
+    end = (await pubsub.get_message(timeout=5))["data"]
+    assert parse_line(end) == ("JOB0002", End(2, "succeeded", "stop", DONE))
+    await pubsub.aclose()  # type: ignore[no-untyped-call]
+
+
+async def test_releasing_gives_the_attempt_back_and_keeps_the_tokens(redis: "Redis") -> None:
+    queue = Queue(redis)
+    await enqueue(queue)
+    [held] = await claim(queue)
+    await emit(redis, held, 1, 7)
+    await queue.release(MODEL, [held])
+    [again] = await claim(queue, "w2")
+    assert (again.attempt, again.n) == (1, 1)
+
+
+async def test_renewing_moves_the_lease_and_names_lost_claims(redis: "Redis") -> None:
+    queue = Queue(redis)
+    for number in (1, 2):
+        await enqueue(queue, number)
+    a, b = await claim(queue, free=2)
+    await expire_lease(redis, 1)
+    await queue.cancel(MODEL, "JOB0002", "test")
+    assert await queue.renew(MODEL, [a, b]) == [b]
+    assert (await queue.reap(MODEL)).handed_back == 0
+
+
+async def test_cancelling_a_waiting_job_keeps_the_lag_known(redis: "Redis") -> None:
+    queue = Queue(redis)
+    for number in (1, 2, 3):
+        await enqueue(queue, number)
+    assert await queue.cancel(MODEL, "JOB0002", "test") == "queued"
+    await claim(queue, free=0)   # creates the group if nothing did
+    [group] = await redis.xinfo_groups(NAMES.stream("hi"))
+    assert group["lag"] == 3, "an undelivered entry is never deleted: KEDA reads the lag"
+    assert await redis.zcard(NAMES.waiting("hi")) == 2, "but it no longer counts as waiting"
+    assert [held.job_id for held in await claim(queue, free=5)] == ["JOB0001", "JOB0003"]
+    assert await redis.xlen(NAMES.stream("hi")) == 2
+
+
+async def test_a_claim_gets_through_any_number_of_cancelled_entries(redis: "Redis") -> None:
+    queue = Queue(redis)
+    for number in range(200):
+        await enqueue(queue, number, max_waiting=1000)
+    await enqueue(queue, 900, max_waiting=1000)
+    for number in range(200):
+        await queue.cancel(MODEL, f"JOB{number:04}", "test")
+    assert [held.job_id for held in await claim(queue, free=1)] == ["JOB0900"]
+    assert await redis.xlen(NAMES.stream("hi")) == 1
+
+
+async def test_cancelling_a_running_job_frees_everything_and_hints_its_worker(
+    redis: "Redis", blocking_redis: "Redis"
+) -> None:
+    queue = Queue(redis)
+    pubsub = blocking_redis.pubsub()
+    await pubsub.subscribe(keys.worker_channel("w1"))
+    await pubsub.get_message(timeout=5)
+    await enqueue(queue)
+    [held] = await claim(queue)
+    assert await queue.cancel(MODEL, "JOB0001", "test") == "running"
+    assert (await pubsub.get_message(timeout=5))["data"] == b"cancel JOB0001"
+    assert await emit(redis, held, 1, 7) is Status.LOST
+    assert await redis.xlen(NAMES.stream("hi")) == 0
+    assert await queue.cancel(MODEL, "JOB0001", "again") == "cancelled"
+    assert await queue.cancel(MODEL, "JOB9999", "test") == "none"
+    await pubsub.aclose()  # type: ignore[no-untyped-call]
+
+
+async def test_a_cancelled_handed_back_job_leaves_no_stream_entry(redis: "Redis") -> None:
+    queue = Queue(redis)
+    await enqueue(queue)
+    [held] = await claim(queue)
+    await queue.release(MODEL, [held])
+    await queue.cancel(MODEL, "JOB0001", "test")
+    assert await redis.xlen(NAMES.stream("hi")) == 0
+    assert await claim(queue, free=5) == []
+
+
+async def test_a_job_that_keeps_losing_its_worker_is_dead_in_the_end(redis: "Redis") -> None:
+    queue = Queue(redis)
+    await enqueue(queue)
+    for death in range(1, 5):
+        [_] = await claim(queue, f"w{death}")
+        await expire_lease(redis)
+        reaped = await queue.reap(MODEL)
+        assert (reaped.handed_back, reaped.dead) == ((1, 0) if death < 4 else (0, 1))
+    assert await field(redis, "state") == "dead"
+    assert await claim(queue, free=5) == []
+
+
+async def test_a_job_past_its_deadline_expires_whether_it_waits_or_runs(redis: "Redis") -> None:
+    queue = Queue(redis)
+    for number in (1, 2):
+        await enqueue(queue, number)
+    [held] = await claim(queue)
+    await redis.zadd(NAMES.live, {"JOB0001": 1, "JOB0002": 1})
+    assert (await queue.reap(MODEL)).expired == 2
+    assert await emit(redis, held, 1, 7) is Status.LOST
+    assert [await field(redis, "state", number) for number in (1, 2)] == ["expired", "expired"]
+    assert await claim(queue, free=5) == []
+
+
+async def test_claiming_a_job_past_its_deadline_expires_it(redis: "Redis") -> None:
+    queue = Queue(redis)
+    await enqueue(queue, deadline_s=0.001)
+    await asyncio.sleep(0.005)
+    assert await claim(queue, free=5) == []
+    assert await field(redis, "state") == "expired"
+    assert await redis.xlen(NAMES.stream("hi")) == 0
+
+
+async def test_foreign_stream_entries_are_dropped_and_jobs_behind_them_served(redis: "Redis") -> None:
+    queue = Queue(redis)
+    await redis.xadd(NAMES.stream("hi"), {"what": "ever"})
+    await redis.xadd(NAMES.stream("hi"), {"j": "no-such-job"})
+    await enqueue(queue)
+    assert [held.job_id for held in await claim(queue)] == ["JOB0001"]
+    assert await redis.xlen(NAMES.stream("hi")) == 1
+
+
+async def test_scripts_and_group_come_back_after_flush(redis: "Redis") -> None:
+    queue = Queue(redis)
+    await enqueue(queue)
+    await claim(queue)
+    await redis.flushall()
+    await redis.script_flush()
+    assert await claim(queue) == []
+    await enqueue(queue, 2)
+    [held] = await claim(queue)
+    await redis.script_flush()
+    answer = await append(redis, MODEL, [Chunk(held, 1, (1,), "x")], [Finish(held, 1, "succeeded", "stop", DONE)])
+    assert (answer.chunks, answer.finishes) == ([Status.OK], [Status.OK])
+
+
+async def test_at_maxmemory_new_jobs_are_refused_and_running_ones_drain(redis: "Redis") -> None:
+    queue = Queue(redis)
+    for number in (1, 2, 3):
+        await enqueue(queue, number)
+    held, other = await claim(queue, free=2)
+    await redis.config_set("maxmemory", "1mb")
+    try:
+        with pytest.raises(Exception, match="OOM|maxmemory"):
+            await enqueue(queue, 4)
+        assert await redis.exists(NAMES.job("JOB0004")) == 0, "refused whole, not in part"
+        assert await emit(redis, held, 1, 7) is Status.OK
+        assert await queue.renew(MODEL, [held, other]) == []
+        assert await finish(redis, held, 1) is Status.OK
+        assert await queue.cancel(MODEL, other.job_id, "test") == "running"
+        assert len(await claim(queue)) == 1
+    finally:
+        await redis.config_set("maxmemory", "0")
+
+
+async def test_an_idle_worker_is_woken_by_a_new_job(redis: "Redis", blocking_redis: "Redis") -> None:
+    waiting = asyncio.create_task(Queue(blocking_redis).wait(MODEL, 30))
+    await enqueue(Queue(redis))
+    await asyncio.wait_for(waiting, 5)
+
+
+async def test_bells_do_not_pile_up(redis: "Redis") -> None:
+    queue = Queue(redis)
+    for number in range(80):
+        await enqueue(queue, number)
+    assert await redis.llen(NAMES.bell) == 64  # type: ignore[misc]
+
+
+def test_values_in_redis_are_readable_json_and_decimal() -> None:
+    spec = Job(id="J", model="m", messages=(Message(role="user", content="é"),), sampling=Sampling(seed=5)).to_spec()
+    assert spec == '{"id":"J","model":"m","messages":[{"role":"user","content":"é"}],"sampling":{"seed":5}}'
+
+
+@pytest.mark.parametrize(
+    ("model", "start"),
+    [
+        ("tiny", "tiny"),
+        ("vicuna-7b", "vicuna-7b"),
+        ("Qwen/Qwen3-0.6B", "qwen-qwen3-0.6b-"),
+        ("模型", "model-"),
+        ("x" * 60, "x" * 39 + "-"),
+        ("a}b{c", "a-b-c-"),
+    ],
+)
+def test_any_model_name_gets_a_slug_that_fits_a_key(model: str, start: str) -> None:
+    made = keys.slug(model)
+    assert made.startswith(start)
+    assert 1 <= len(made) <= 48
+    assert made == keys.slug(model)
+
+
+def test_names_that_differ_only_in_case_do_not_share_a_queue() -> None:
+    assert keys.slug("Tiny") != keys.slug("tiny")
