@@ -1,29 +1,39 @@
 """The ASGI application: routes, error handlers, the guard around them."""
 
-from fastapi import FastAPI, Security
-from fastapi.security import HTTPBearer
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 
 from fastchat_q import __version__
 
 from . import chat, models, problems
-from .guard import Guard
+from .guard import PROTECTED, Guard
 from .service import Service
+
+SUMMARY = "OpenAI-compatible API in front of a durable job queue"
 
 
 def create_app(service: Service) -> FastAPI:
     """An application around a service; it owns no connection and starts no task."""
-    app = FastAPI(
-        title="fastchat-q",
-        version=__version__,
-        summary="OpenAI-compatible API in front of a durable job queue",
-        docs_url="/docs",
-        redoc_url=None,
-        # The guard does the checking, before any body is parsed; this only puts it into /openapi.json.
-        dependencies=[Security(HTTPBearer(auto_error=False))] if service.api_key else [],
-    )
+    app = FastAPI(title="fastchat-q", version=__version__, summary=SUMMARY, redoc_url=None)
     app.state.service = service
     app.include_router(chat.router, tags=["chat"])
     app.include_router(models.router, tags=["models"])
     problems.install(app)
     app.add_middleware(Guard, api_key=service.api_key, max_body_bytes=service.settings.max_body_bytes)
+    if service.api_key is not None:
+        document = _with_bearer_keys(app)
+        app.openapi = lambda: document  # type: ignore[method-assign]
     return app
+
+
+def _with_bearer_keys(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, which says where a key is needed: the guard checks it, not a dependency of each route."""
+    document = get_openapi(title=app.title, version=app.version, summary=SUMMARY, routes=app.routes)
+    document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+    for path, operations in document["paths"].items():
+        if path.startswith(PROTECTED):
+            for operation in operations.values():
+                operation["security"] = [{"bearer": []}]
+    return document

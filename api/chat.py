@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
-from fastapi import APIRouter, Depends, Request
+import structlog
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from sse_starlette import EventSourceResponse
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
 from fastchat_q.events import End, Event
@@ -16,15 +17,17 @@ from . import render
 from .admission import admit
 from .relay import JobStream, Relay
 from .schemas import ChatRequest
-from .service import Service, service_of
+from .service import service_of
 
+log = structlog.get_logger()
 router = APIRouter()
 T = TypeVar("T")
 
 COMMENT_S = 5.0
 """A waiting stream gets a comment when its place changes, and this often in any case."""
-SEND_TIMEOUT_S = 60.0
-"""A client that takes no byte for this long is gone."""
+PING_S = 15
+STALLED_PINGS = 4
+"""A client that takes nothing for so many pings, while tokens wait for it, is given up."""
 CLIENT_CLOSED_REQUEST = 499
 
 
@@ -33,10 +36,9 @@ CLIENT_CLOSED_REQUEST = 499
     summary="Create a chat completion",
     responses={200: {"description": "A chat.completion object, or server-sent events if `stream` is true."}},
 )
-async def create_chat_completion(
-    body: ChatRequest, request: Request, service: Annotated[Service, Depends(service_of)]
-) -> Response:
+async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Queues the request as a job and answers with what a worker makes of it."""
+    service = service_of(request)
     await admit(service.catalog, body.model)
     job = body.to_job()
     stream = await service.relay.submit(job)
@@ -69,14 +71,33 @@ class JobStreamResponse(EventSourceResponse):
     def __init__(
         self, relay: Relay, stream: JobStream, body: AsyncIterator[bytes], headers: dict[str, str], drain_s: float
     ) -> None:
-        super().__init__(body, headers=headers, sep="\n", send_timeout=SEND_TIMEOUT_S, shutdown_grace_period=drain_s)
+        # Not sse-starlette's send_timeout: it opens a cancel scope for every chunk, a sixth of a token's cost.
+        super().__init__(
+            body,
+            headers=headers,
+            sep="\n",
+            ping=PING_S,
+            ping_message_factory=self._ping_unless_stalled,
+            shutdown_grace_period=drain_s,
+        )
         self._relay, self._stream = relay, stream
+        self._takes = self._stalled = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
+        except ReaderStalledError:
+            log.info("client stalled", job=self._stream.job.id, backlog=self._stream.backlog)
         finally:
             self._relay.leave(self._stream)
+
+    def _ping_unless_stalled(self) -> ServerSentEvent:
+        moved = self._stream.takes != self._takes or not self._stream.backlog
+        self._takes = self._stream.takes
+        self._stalled = 0 if moved else self._stalled + 1
+        if self._stalled >= STALLED_PINGS:
+            raise ReaderStalledError
+        return ServerSentEvent(comment="ping", sep="\n")
 
 
 async def sse(stream: JobStream, first: list[Event], writer: render.ChunkWriter) -> AsyncIterator[bytes]:
@@ -96,6 +117,10 @@ async def sse(stream: JobStream, first: list[Event], writer: render.ChunkWriter)
         chunk = writer.events(events)
         if chunk:
             yield chunk
+
+
+class ReaderStalledError(Exception):
+    """The client keeps its connection open and reads nothing from it."""
 
 
 class ClientGoneError(Exception):

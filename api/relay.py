@@ -5,6 +5,7 @@ is looked after once a second. A request that leaves before its end cancels its 
 """
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 
 import orjson
@@ -37,6 +38,8 @@ class JobStream:
         self.place: int | None = None
         """Place in the queue, from 1; None: not waiting, or not known yet."""
         self.heard = now
+        self.takes = 0
+        """How often the reader has come for events."""
         self._events: list[Event] = []
         self._some = asyncio.Event()
 
@@ -61,15 +64,22 @@ class JobStream:
 
     async def take(self, timeout_s: float | None = None) -> list[Event]:
         """All events that are there; waits for the first, at the most ``timeout_s`` (then the list is empty)."""
+        self.takes += 1
         if not self._events:
             self._some.clear()
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._some.wait()
-            except TimeoutError:
-                return []
+            if timeout_s is None:  # the hot path: a timeout costs as much as the rest of this function
+                await self._some.wait()
+            else:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(timeout_s):
+                        await self._some.wait()
         events, self._events = self._events, []
         return events
+
+    @property
+    def backlog(self) -> int:
+        """Events that the reader has not taken yet."""
+        return len(self._events)
 
     async def collect(self) -> tuple[list[Event], End]:
         """Everything, once the job has ended."""

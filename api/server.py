@@ -70,6 +70,7 @@ async def _serve(settings: Settings, api_key: str | None) -> None:
             http="httptools",
             ws="none",
             lifespan="off",
+            proxy_headers=False,
             access_log=False,
             log_level=logging.WARNING,
             log_config=None,

@@ -24,7 +24,7 @@ class Service:
 
 
 def service_of(request: Request) -> Service:
-    """FastAPI dependency: the service that the application was created with."""
+    """The service that the application was created with. No FastAPI dependency: those cost 50 us a request."""
     service = request.app.state.service
     assert isinstance(service, Service)
     return service

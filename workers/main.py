@@ -3,11 +3,11 @@
 import asyncio
 import signal
 from dataclasses import dataclass
-from typing import Literal
 
 import structlog
 import uvloop
 
+from fastchat_q.choices import Device, Dtype, EngineName
 from fastchat_q.connection import connect
 from fastchat_q.errors import ConfigurationError
 from fastchat_q.models import served_name
@@ -26,10 +26,10 @@ class WorkerOptions:
 
     model: str
     name: str | None
-    engine: Literal["transformers", "echo"]
+    engine: EngineName
     slots: int | None
-    device: str
-    dtype: str
+    device: Device
+    dtype: Dtype
     threads: int | None
     token_delay_ms: float
     drain_s: float
@@ -60,7 +60,7 @@ def build_engine(options: WorkerOptions) -> Engine:
         ) from error
     loading.set_threads(options.threads)
     log.info("loading", model=options.model, device=options.device, dtype=options.dtype)
-    loaded = loading.load(options.model, loading.as_device(options.device), loading.as_dtype(options.dtype))
+    loaded = loading.load(options.model, options.device, options.dtype)
     return TransformersEngine(name, slots, loaded)
 
 

@@ -66,6 +66,7 @@ class EchoEngine(Engine):
         self._schedule(row, time.monotonic())
 
     def drop(self, job_id: str) -> None:
+        self._replayed = [output for output in self._replayed if output.job_id != job_id]
         self._rows.pop(job_id, None)  # its place in the heap is skipped when it comes up
 
     def wait_s(self) -> float | None:

@@ -4,15 +4,13 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastchat_q.choices import Device, Dtype
 from fastchat_q.errors import ConfigurationError
-
-Device = Literal["auto", "cpu", "cuda", "mps", "xpu", "npu"]
-Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 BUILTIN_DIRS = {"tiny": Path(__file__).parent / "tiny" / "model"}
 """Where the built-in models lie inside the package."""
@@ -42,14 +40,22 @@ def load(source: str, device: Device = "auto", dtype: Dtype = "auto") -> Loaded:
     """
     path = str(BUILTIN_DIRS.get(source, source))
     target = pick_device(device)
+    if _looks_like_a_folder(source) and not Path(path).is_dir():
+        raise ConfigurationError(f"Model {source!r} cannot be loaded: there is no such folder.")
     try:
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=_pick_dtype(dtype, config, target), use_safetensors=True
+        both: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=_pick_dtype(dtype, config, target), use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, ImportError) as error:
+        model, report = both
+    except Exception as error:  # a broken checkpoint may raise anything: KeyError, SafetensorError, RuntimeError
         raise ConfigurationError(f"Model {source!r} cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):  # these would be random numbers, and so would the answers
+        raise ConfigurationError(
+            f"Model {source!r} cannot be loaded: its files hold no weights for {len(missing)} tensors, such as "
+            f"{missing[0]}. Download it again, or correct its config.json."
+        )
     if tokenizer.chat_template is None:
         raise ConfigurationError(
             f"Model {source!r} has no chat template in its tokenizer, so it cannot take chat messages. "
@@ -61,28 +67,6 @@ def load(source: str, device: Device = "auto", dtype: Dtype = "auto") -> Loaded:
     except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
         raise ConfigurationError(f"Model {source!r} does not fit on {target}: {_first_line(error)}") from error
     return Loaded(model, tokenizer, target, _context_length(config), _eos_ids(model, tokenizer))
-
-
-def as_device(text: str) -> Device:
-    """A device name from a command line.
-
-    Raises:
-        ConfigurationError: there is no such kind of device.
-    """
-    if text not in get_args(Device):
-        raise ConfigurationError(f"Device {text!r}: expected one of {', '.join(get_args(Device))}.")
-    return cast(Device, text)
-
-
-def as_dtype(text: str) -> Dtype:
-    """A dtype name from a command line.
-
-    Raises:
-        ConfigurationError: there is no such dtype.
-    """
-    if text not in get_args(Dtype):
-        raise ConfigurationError(f"Dtype {text!r}: expected one of {', '.join(get_args(Dtype))}.")
-    return cast(Dtype, text)
 
 
 def pick_device(device: Device) -> torch.device:
@@ -105,6 +89,11 @@ def pick_device(device: Device) -> torch.device:
 def set_threads(threads: int | None) -> None:
     """Fixes torch's CPU threads: its default of all cores collapses as soon as another process wants one."""
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) - 1))
+
+
+def _looks_like_a_folder(source: str) -> bool:
+    """Hub ids are ``name`` or ``owner/name``, and begin with a letter or a digit."""
+    return source.startswith(("/", ".", "~")) or source.count("/") > 1
 
 
 def _pick_dtype(dtype: Dtype, config: Any, device: torch.device) -> torch.dtype:
@@ -133,4 +122,7 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 def _first_line(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"a JSON file of it is broken: {error}"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(error, KeyError):
+        return f"an unknown or missing entry in its configuration: {error}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines) if lines[0].endswith(":") else lines[0]

@@ -44,6 +44,7 @@ class TransformersEngine(Engine):
         self._waiting.append(sequence)
 
     def drop(self, job_id: str) -> None:
+        self._replayed = [output for output in self._replayed if output.job_id != job_id]
         self._waiting = deque(s for s in self._waiting if s.job_id != job_id)
         for batch in list(self._batches):
             if any(row.job_id == job_id for row in batch.rows):
@@ -84,7 +85,7 @@ class TransformersEngine(Engine):
         except Exception as error:  # the cache of this batch is undefined now
             self._batches.remove(batch)
             return [_failed(row, error) for row in batch.rows]
-        outputs = [row.accept(token) for row, token in zip(batch.rows, tokens, strict=True)]
+        outputs = [_accept(row, token) for row, token in zip(batch.rows, tokens, strict=True)]
         ended = {output.job_id for output in outputs if output.ended is not None}
         if ended:
             self._leave(batch, ended)
@@ -154,6 +155,13 @@ class TransformersEngine(Engine):
                 param="messages",
             )
         return max_tokens or context - prompt_tokens
+
+
+def _accept(sequence: Sequence, token: int) -> Output:
+    try:
+        return sequence.accept(token)
+    except Exception as error:  # tokens that this tokenizer cannot decode: its neighbours go on
+        return _failed(sequence, error)
 
 
 def _failed(sequence: Sequence, error: Exception) -> Output:
