@@ -68,13 +68,13 @@ async def housekeeping(ctx: dict[str, Any]) -> dict[str, int]:
     return {"consumers_removed": removed, "reaped": reaped}
 
 
-async def _remove_idle_consumers(redis: "Redis", stream: str) -> int:
+async def _remove_idle_consumers(redis: "Redis", stream: str, idle_ms: int = IDLE_CONSUMER_MS) -> int:
     """Only consumers without pending entries: XGROUP DELCONSUMER silently drops what is pending."""
     try:
         consumers = await redis.xinfo_consumers(stream, keys.GROUP)
     except ResponseError:  # no stream or no group: nobody claimed from it yet
         return 0
-    idle = [c["name"] for c in consumers if c["pending"] == 0 and c["idle"] > IDLE_CONSUMER_MS]
+    idle = [c["name"] for c in consumers if c["pending"] == 0 and c["idle"] > idle_ms]
     for name in idle:
         await redis.xgroup_delconsumer(stream, keys.GROUP, name)
     return len(idle)

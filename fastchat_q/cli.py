@@ -79,7 +79,9 @@ def up(
     from .models import served_name
     from .up import Up, UpOptions, hold_lock
 
-    settings = _settings(host=host, port=port, state_dir=state_dir, auth=False if no_auth else None, drain_s=drain_s)
+    settings = _settings(
+        host=host, port=port, state_dir=state_dir, redis_url=redis_url, auth=False if no_auth else None, drain_s=drain_s
+    )
     check_exposure(settings)
     arguments = ["--model", model, "--engine", engine, "--device", device, "--dtype", dtype]
     arguments += ["--token-delay-ms", str(token_delay_ms), "--drain-s", str(settings.drain_s)]
@@ -88,7 +90,7 @@ def up(
             arguments += [flag, str(value)]
     lock = hold_lock(settings.state_dir, f"http://{settings.host}:{settings.port}")
     with lock:
-        asyncio.run(Up(settings, UpOptions(name or served_name(model), tuple(arguments), redis_url)).run())
+        asyncio.run(Up(settings, UpOptions(name or served_name(model), tuple(arguments))).run())
 
 
 @app.command()

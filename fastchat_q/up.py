@@ -40,7 +40,6 @@ class UpOptions:
 
     model: str
     worker_arguments: tuple[str, ...]
-    redis_url: str | None
 
 
 class Up:
@@ -53,7 +52,7 @@ class Up:
         self._logs = settings.state_dir / "logs"
         self._children: list[Child] = []
         self._stop = asyncio.Event()
-        self._url = options.redis_url or f"unix://{settings.socket_path}"
+        self._url = settings.redis_url or f"unix://{settings.socket_path}"
 
     async def run(self) -> None:
         """Starts everything, waits for SIGINT or SIGTERM, and stops everything.
@@ -96,7 +95,7 @@ class Up:
             self._print_welcome(base, api_key)
 
     async def _start_redis(self, group: asyncio.TaskGroup, redis: "Redis") -> None:
-        if self._options.redis_url is not None:
+        if self._settings.redis_url is not None:
             try:
                 findings = await durability_findings(redis)
             except (RedisError, OSError) as error:

@@ -158,8 +158,10 @@ def test_unknown_paths_and_methods_are_openai_errors_too(echo_stack: Stack) -> N
 
 def test_a_failure_in_the_worker_before_the_first_token_has_its_own_status(echo_stack: Stack) -> None:
     for stream in (False, True):
-        reply = post(echo_stack.port, {"model": "echo", "stream": stream, "messages": [{"role": "user", "content": ""}]})
+        reply = post(
+            echo_stack.port, {"model": "echo", "stream": stream, "messages": [{"role": "user", "content": ""}]}
+        )
         assert reply.status == 400
         assert reply.error()["param"] == "messages"
-        for name in echo_stack.job_keys("echo"):   # this one was a job: it is kept, as failed, for its TTL
+        for name in echo_stack.job_keys("echo"):  # this one was a job: it is kept, as failed, for its TTL
             echo_stack.redis.delete(name)

@@ -24,7 +24,9 @@ def job(number: int = 1, lane: str = "hi") -> Job:
     )
 
 
-async def enqueue(queue: Queue, number: int = 1, lane: str = "hi", deadline_s: float = 60, max_waiting: int = 100) -> int:
+async def enqueue(
+    queue: Queue, number: int = 1, lane: str = "hi", deadline_s: float = 60, max_waiting: int = 100
+) -> int:
     return await queue.enqueue(job(number, lane), inbox="fq:inbox:t", deadline_s=deadline_s, max_waiting=max_waiting)
 
 
@@ -221,7 +223,7 @@ async def test_cancelling_a_waiting_job_keeps_the_lag_known(redis: "Redis") -> N
     for number in (1, 2, 3):
         await enqueue(queue, number)
     assert await queue.cancel(MODEL, "JOB0002", "test") == "queued"
-    await claim(queue, free=0)   # creates the group if nothing did
+    await claim(queue, free=0)  # creates the group if nothing did
     [group] = await redis.xinfo_groups(NAMES.stream("hi"))
     assert group["lag"] == 3, "an undelivered entry is never deleted: KEDA reads the lag"
     assert await redis.zcard(NAMES.waiting("hi")) == 2, "but it no longer counts as waiting"

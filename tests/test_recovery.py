@@ -65,7 +65,7 @@ def test_a_frozen_worker_that_thaws_writes_nothing_into_the_stream_of_its_heir(s
     frozen.signal(signal.SIGSTOP)
     try:
         echo_worker(stack)
-        text += read_words(pieces, 40)   # the lease ran out, the heir goes on
+        text += read_words(pieces, 40)  # the lease ran out, the heir goes on
     finally:
         frozen.signal(signal.SIGCONT)
     text += "".join(pieces)
@@ -167,7 +167,7 @@ def test_waiting_streams_are_told_their_place(stack: Stack) -> None:
     running = start_stream(stack.port, {**LONG, "ignore_eos": True, "max_tokens": 100_000})
     running.head()
     wait_until(lambda: stack.running("echo") == 1, "the first job runs")
-    waiting = [start_stream(stack.port, {**LONG, "max_tokens": 300})]   # long enough for a look at the next one
+    waiting = [start_stream(stack.port, {**LONG, "max_tokens": 300})]  # long enough for a look at the next one
     wait_until(lambda: stack.live("echo") == 2, "the second job waits")
     waiting.append(start_stream(stack.port, {**LONG, "max_tokens": 2}))
     events = [stream.events() for stream in waiting if stream.head()[0] == 200]

@@ -49,10 +49,10 @@ class Up:
             try:
                 words = child.cmdline()
             except psutil.Error:
-                continue   # it is just ending
+                continue  # it is just ending
             if words and "valkey" in words[0]:
                 found["redis"] = child
-            elif "fastchat_q.cli" in words and words[3] != "up":   # between fork and exec it still looks like its parent
+            elif "fastchat_q.cli" in words and words[3] != "up":  # between fork and exec it still looks like its parent
                 found[words[3]] = child
         return found
 
@@ -263,11 +263,13 @@ def test_a_deep_state_directory_still_gets_a_socket(ups: list[Up], folder: Path)
 def test_redis_commands_reach_the_server_of_the_state_directory(ups: list[Up], folder: Path) -> None:
     up = start(ups, folder, *ECHO).ready()
     up.client().chat.completions.create(model="echo", messages=[{"role": "user", "content": "a b"}])
-    environment = {**os.environ, "PATH": ""}   # no redis-cli: our own prompt
+    environment = {**os.environ, "PATH": ""}  # no redis-cli: our own prompt
     command = [sys.executable, "-m", "fastchat_q.cli", "redis", "--state-dir", str(up.state_dir)]
     ran = subprocess.run([*command, "PING"], capture_output=True, text=True, env=environment, timeout=30)
     assert (ran.stdout, ran.returncode) == ('"PONG"\n', 0)
-    ran = subprocess.run([*command, "XINFO", "GROUPS", "fq:{echo}:s:hi"], capture_output=True, text=True, env=environment)
+    ran = subprocess.run(
+        [*command, "XINFO", "GROUPS", "fq:{echo}:s:hi"], capture_output=True, text=True, env=environment
+    )
     assert '"lag"' in ran.stdout
     ran = subprocess.run([*command, "NONSENSE"], capture_output=True, text=True, env=environment, timeout=30)
     assert (ran.returncode, ran.stdout[:7]) == (1, "(error)")
