@@ -47,12 +47,15 @@ class Load:
     figures: tuple[str, ...]
 
 
+TIMES = ("tokens/s", "events/s", "ttft p50 ms", "ttft p99 ms", "gap p50 ms", "gap p99 ms")
+CPU = ("api us/token", "worker us/token", "redis us/token")
 LOADS = (
     Load("first token, one client", "echo", 1, 400, 1, True, ("ttft p50 ms", "ttft p99 ms")),
     Load("one-token answers, 64 clients", "echo", 64, 3000, 1, False, ("requests/s", "api us/request")),
-    Load("64 streams of 512 tokens, as fast as it goes", "echo", 64, 192, 512, True, ("tokens/s", "events/s", "api us/token", "worker us/token", "redis us/token")),
-    Load("64 streams at 50 tokens/s each", "paced", 64, 128, 150, True, ("tokens/s", "ttft p50 ms", "ttft p99 ms", "gap p50 ms", "gap p99 ms", "api us/token", "worker us/token", "redis us/token")),
-)  # fmt: skip
+    Load("64 streams of 512 tokens, as fast as it goes", "echo", 64, 192, 512, True, ("tokens/s", "events/s", *CPU)),
+    Load("64 streams at 50 tokens/s each", "paced", 64, 128, 150, True, (*TIMES, *CPU)),
+    Load("400 streams at 50 tokens/s each", "paced", 400, 800, 150, True, (*TIMES, *CPU)),
+)
 
 FIGURES: dict[str, Callable[[Report], float | None]] = {
     "ttft p50 ms": lambda r: r.ttft_ms and r.ttft_ms.p50,
@@ -173,7 +176,7 @@ def both(folder: Path) -> Iterator[tuple[Side, Side]]:
         )
         pids, ports, direct_pids = {}, {}, {}
         for model, delay in (("echo", "0"), ("paced", "20")):
-            flags = ("--engine", "echo", "--model", model, "--slots", "256", "--token-delay-ms", delay)
+            flags = ("--engine", "echo", "--model", model, "--slots", "512", "--token-delay-ms", delay)
             worker = stack.enter_context(
                 started(*cli, "worker", *flags, "--redis-url", url, log=folder / f"{model}.log")
             )

@@ -333,7 +333,7 @@ async def test_at_maxmemory_new_jobs_are_refused_and_running_ones_drain(redis: "
     held, other = await claim(queue, free=2)
     await redis.config_set("maxmemory", "1mb")
     try:
-        with pytest.raises(Exception, match="OOM|maxmemory"):
+        with pytest.raises(Exception, match=r"OOM|maxmemory"):
             await enqueue(queue, 4)
         assert await redis.exists(NAMES.job("JOB0004")) == 0, "refused whole, not in part"
         assert await emit(redis, held, 1, 7) is Status.OK

@@ -41,10 +41,12 @@ class _Pending:
 class Publisher:
     """Never more than one call under way; what comes meanwhile goes into the next one.
 
-    ``on_lost`` is told of jobs that are no longer ours: cancelled, or re-claimed by somebody else.
+    ``on_lost`` is told of claims that are no longer ours: cancelled, or taken over by somebody else.
     """
 
-    def __init__(self, redis: "Redis", model: str, on_lost: Callable[[str], None], window_s: float = WINDOW_S) -> None:
+    def __init__(
+        self, redis: "Redis", model: str, on_lost: Callable[[Claim], None], window_s: float = WINDOW_S
+    ) -> None:
         self._redis = redis
         self._model = model
         self._on_lost = on_lost
@@ -58,7 +60,7 @@ class Publisher:
     def add(self, claim: Claim, n: int, ids: tuple[int, ...], text: str, outcome: Outcome | None, urgent: bool) -> None:
         """Queues tokens that bring the job to ``n``, and its end if it came."""
         pending = self._pending.get(claim.job_id)
-        if pending is None:
+        if pending is None or pending.claim is not claim:  # what is left of an earlier claim of this job is void
             self._pending[claim.job_id] = _Pending(claim, n, ids, text, outcome)
         else:
             pending.n, pending.ids, pending.text = n, pending.ids + ids, pending.text + text
@@ -68,9 +70,11 @@ class Publisher:
         if urgent or outcome is not None:
             self._urgent.set()
 
-    def forget(self, job_id: str) -> None:
-        """Drops what is not sent yet of a job."""
-        self._pending.pop(job_id, None)
+    def forget(self, claim: Claim) -> None:
+        """Drops what is not sent yet of a claim."""
+        pending = self._pending.get(claim.job_id)
+        if pending is not None and pending.claim is claim:
+            del self._pending[claim.job_id]
 
     async def flushed(self) -> None:
         """Returns when everything has been sent."""
@@ -115,17 +119,17 @@ class Publisher:
             except exceptions.RedisError:
                 log.exception("emit refused", jobs=[p.claim.job_id for p in batch])
                 for p in batch:
-                    self._lost(p.claim.job_id)
+                    self._lost(p.claim)
                 return
         for chunk, status in zip(chunks, answer.chunks, strict=True):
             if status is Status.GAP:
                 log.error("tokens missing in the log", job=chunk.claim.job_id, n=chunk.n)
             if status in (Status.LOST, Status.GAP):
-                self._lost(chunk.claim.job_id)
+                self._lost(chunk.claim)
 
-    def _lost(self, job_id: str) -> None:
-        self.forget(job_id)
-        self._on_lost(job_id)
+    def _lost(self, claim: Claim) -> None:
+        self.forget(claim)
+        self._on_lost(claim)
 
 
 def _finish(claim: Claim, n: int, outcome: Outcome) -> Finish:

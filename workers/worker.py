@@ -39,6 +39,11 @@ class Active:
     since: float
     emitted: bool = False
 
+    @property
+    def ticket(self) -> str:
+        """The engine's name for this claim."""
+        return f"{self.claim.job_id} {self.claim.fence}"
+
 
 class Worker:
     """Serves one model from one engine.
@@ -115,6 +120,7 @@ class Worker:
 
     async def _begin(self, claim: Claim) -> None:
         """Hands a claimed job to the engine, with the tokens that an earlier attempt logged."""
+        active = self._active[claim.job_id]
         try:
             job = Job.from_spec(claim.spec)
             prior: tuple[int, ...] = ()
@@ -127,15 +133,15 @@ class Worker:
                     )
                 log.info("resuming", job=claim.job_id, attempt=claim.attempt, tokens=claim.n)
         except FastchatQError as error:
-            self._end(self._active[claim.job_id], (), "", Ended(error=error))
+            self._end(active, (), "", Ended(error=error))
         else:
-            self._engine.submit(Request(job, prior))
+            self._engine.submit(Request(job, active.ticket, prior))
 
     def _on_outputs(self, outputs: list[Output]) -> None:
         for output in outputs:
-            active = self._active.get(output.job_id)
-            if active is None:
-                continue  # cancelled or lost meanwhile
+            active = self._active.get(output.ticket.partition(" ")[0])
+            if active is None or active.ticket != output.ticket:
+                continue  # cancelled or lost meanwhile, and perhaps claimed anew
             active.n += len(output.ids)
             if output.ended is not None:
                 self._end(active, output.ids, output.text, output.ended)
@@ -161,19 +167,21 @@ class Worker:
         self._active.pop(job_id, None)
         self._slot_freed.set()
 
-    def _lost(self, job_id: str) -> None:
+    def _lost(self, claim: Claim) -> None:
         """The job is cancelled, or somebody else's by now: stop at once and say nothing more of it."""
-        if job_id in self._active:
-            log.info("dropped", job=job_id, tokens=self._active[job_id].n)
-            self._engine.cancel(job_id)
-            self._free(job_id)
+        active = self._active.get(claim.job_id)
+        if active is not None and active.claim is claim:
+            log.info("dropped", job=claim.job_id, tokens=active.n)
+            self._publisher.forget(claim)
+            self._engine.cancel(active.ticket)
+            self._free(claim.job_id)
 
     async def _follow_hints(self) -> None:
         async for hint in listen(self._blocking, keys.worker_channel(self.id)):
             verb, _, job_id = (hint or b"").decode().partition(" ")
-            if verb == "cancel":
-                self._publisher.forget(job_id)
-                self._lost(job_id)
+            active = self._active.get(job_id)
+            if verb == "cancel" and active is not None:
+                self._lost(active.claim)
 
     async def _announce(self) -> None:
         await self._registry.announce(self._registration.at(len(self._active), self._stopping.is_set()))
@@ -181,7 +189,7 @@ class Worker:
     async def _renew(self) -> None:
         if self._active:
             for claim in await self._queue.renew(self._model, [a.claim for a in self._active.values()]):
-                self._lost(claim.job_id)
+                self._lost(claim)
 
     async def _reap(self) -> None:
         reaped = await self._queue.reap(self._model)
@@ -202,13 +210,13 @@ class Worker:
             log.warning("handing back", jobs=len(self._active))
         try:
             async with asyncio.timeout(5.0):
-                claims = [active.claim for active in self._active.values()]
-                for claim in claims:
-                    self._engine.cancel(claim.job_id)
-                    self._free(claim.job_id)
+                left = list(self._active.values())
+                for active in left:
+                    self._engine.cancel(active.ticket)
+                    self._free(active.claim.job_id)
                 await self._publisher.flushed()
-                if claims:
-                    await self._queue.release(self._model, claims)
+                if left:
+                    await self._queue.release(self._model, [active.claim for active in left])
                 await self._registry.withdraw(self.id)
         except (TimeoutError, *AWAY) as error:
             log.warning("could not hand back: the leases will run out", error=str(error))

@@ -18,9 +18,14 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A claimed job for the engine. ``prior_ids`` are the tokens that an earlier attempt left in the log."""
+    """A claimed job for the engine. ``prior_ids`` are the tokens that an earlier attempt left in the log.
+
+    ``ticket`` names this claim in all that the engine says: a worker that lost a job and claimed it again must not take
+    what a step in between still made for the first claim as output of the second.
+    """
 
     job: Job
+    ticket: str
     prior_ids: tuple[int, ...] = ()
 
 
@@ -37,7 +42,7 @@ class Ended:
 class Output:
     """What one step gave one job: its new tokens and the text that became safe to show, and the end if it came."""
 
-    job_id: str
+    ticket: str
     ids: tuple[int, ...] = ()
     text: str = ""
     ended: Ended | None = None
@@ -71,9 +76,9 @@ class Engine(ABC):
         """Hands a request over; its outputs go to the sink until one carries ``ended``."""
         self._inbox.put(request)
 
-    def cancel(self, job_id: str) -> None:
-        """Drops a request before the next step; no ``ended`` follows."""
-        self._inbox.put(job_id)
+    def cancel(self, ticket: str) -> None:
+        """Drops a request before the next step; no ``ended`` follows from then on."""
+        self._inbox.put(ticket)
 
     def stop(self) -> None:
         """Ends the thread after the current step."""
@@ -89,7 +94,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def drop(self, job_id: str) -> None:
+    def drop(self, ticket: str) -> None:
         """Forgets a request, if it is there."""
 
     @abstractmethod
@@ -134,8 +139,8 @@ class Engine(ABC):
         try:
             self.admit(request)
         except FastchatQError as error:
-            outputs.append(Output(request.job.id, ended=Ended(error=error)))
+            outputs.append(Output(request.ticket, ended=Ended(error=error)))
         except Exception as error:  # one bad request fails alone
             log.exception("admit failed", job=request.job.id)
             failure = JobFailedError(f"The engine failed to take the request in: {error}", code="engine_error")
-            outputs.append(Output(request.job.id, ended=Ended(error=failure)))
+            outputs.append(Output(request.ticket, ended=Ended(error=failure)))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from fastchat_q.errors import InvalidRequestError
 from fastchat_q.events import FinishReason, Usage
-from fastchat_q.jobs import Job
 from fastchat_q.registry import ModelCard
 
 from .base import Ended, Engine, Output, Request
@@ -18,7 +17,7 @@ WORD = re.compile(r"\s*\S+|\s+$")
 
 @dataclass(slots=True)
 class _Row:
-    job_id: str
+    ticket: str
     words: list[str]
     """The answer; a token's id is its index."""
     limit: int
@@ -38,10 +37,10 @@ class _Row:
         elif self.done >= self.limit:
             reason = "length"
         if reason is None:
-            return Output(self.job_id, (self.done - 1,), shown)
+            return Output(self.ticket, (self.done - 1,), shown)
         if not stopped:
             shown += self.stop.flush()
-        return Output(self.job_id, (self.done - 1,), shown, Ended(Usage(self.prompt_tokens, self.done), reason))
+        return Output(self.ticket, (self.done - 1,), shown, Ended(Usage(self.prompt_tokens, self.done), reason))
 
 
 class EchoEngine(Engine):
@@ -56,18 +55,18 @@ class EchoEngine(Engine):
         self._replayed: list[Output] = []
 
     def admit(self, request: Request) -> None:
-        row = _row(request.job)
+        row = _row(request)
         for _ in request.prior_ids:  # a resumed job goes on where its log ends
             last = row.advance()
             if last.ended is not None:
-                self._replayed.append(Output(row.job_id, ended=last.ended))
+                self._replayed.append(Output(row.ticket, ended=last.ended))
                 return
-        self._rows[row.job_id] = row
+        self._rows[row.ticket] = row
         self._schedule(row, time.monotonic())
 
-    def drop(self, job_id: str) -> None:
-        self._replayed = [output for output in self._replayed if output.job_id != job_id]
-        self._rows.pop(job_id, None)  # its place in the heap is skipped when it comes up
+    def drop(self, ticket: str) -> None:
+        self._replayed = [output for output in self._replayed if output.ticket != ticket]
+        self._rows.pop(ticket, None)  # its place in the heap is skipped when it comes up
 
     def wait_s(self) -> float | None:
         if self._replayed:
@@ -82,14 +81,14 @@ class EchoEngine(Engine):
             when, _, row = heapq.heappop(self._due)
             due.append((when, row))
         for when, row in due:
-            if self._rows.get(row.job_id) is not row:
+            if self._rows.get(row.ticket) is not row:
                 continue
             output = row.advance()
             outputs.append(output)
             if output.ended is None:
                 self._schedule(row, when + self._delay_s)  # from the due time, so that the pace does not drift
             else:
-                del self._rows[row.job_id]
+                del self._rows[row.ticket]
         return outputs
 
     def _schedule(self, row: _Row, when: float) -> None:
@@ -97,7 +96,8 @@ class EchoEngine(Engine):
         heapq.heappush(self._due, (when, self._count, row))
 
 
-def _row(job: Job) -> _Row:
+def _row(request: Request) -> _Row:
+    job = request.job
     question = next((m.content for m in reversed(job.messages) if m.role == "user"), "")
     words = WORD.findall(question)
     if not words:
@@ -105,4 +105,4 @@ def _row(job: Job) -> _Row:
     sampling = job.sampling
     limit = sampling.max_tokens or len(words)
     prompt_tokens = sum(len(m.content.split()) for m in job.messages)
-    return _Row(job.id, words, limit, prompt_tokens, StopMatcher(sampling.stop), sampling.ignore_eos)
+    return _Row(request.ticket, words, limit, prompt_tokens, StopMatcher(sampling.stop), sampling.ignore_eos)

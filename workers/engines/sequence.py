@@ -14,7 +14,7 @@ from .text import Detokenizer, StopMatcher
 class Sequence:
     """Deterministic in its tokens: feeding the same ids again gives the same text, which is what resuming rests on."""
 
-    job_id: str
+    ticket: str
     prompt: list[int]
     limit: int
     sampling: Sampling
@@ -42,7 +42,7 @@ class Sequence:
             return self._end(token, text, "stop")
         if len(self.ids) >= self.limit:
             return self._end(token, self._flush(text), "length")
-        return Output(self.job_id, (token,), text)
+        return Output(self.ticket, (token,), text)
 
     def _flush(self, text: str) -> str:
         rest, stopped = self.stop.feed(self.detokenizer.flush())
@@ -50,4 +50,4 @@ class Sequence:
 
     def _end(self, token: int, text: str, reason: FinishReason) -> Output:
         usage = Usage(len(self.prompt), len(self.ids))
-        return Output(self.job_id, (token,), text, Ended(usage, reason))
+        return Output(self.ticket, (token,), text, Ended(usage, reason))

@@ -32,23 +32,23 @@ class TransformersEngine(Engine):
         self._vocabulary = loaded.model.config.get_text_config().vocab_size
         self._waiting: deque[Sequence] = deque()
         self._batches: list[Batch[Sequence]] = []
-        self._replayed: list[Output] = []
+        self._replayed: list[Output] = []  # ends that no forward pass is needed for
 
     def admit(self, request: Request) -> None:
-        sequence = self._sequence(request.job)
+        sequence = self._sequence(request)
         for token in request.prior_ids:  # replays text and stop state of an earlier attempt; its output is known
             last = sequence.accept(token)
             if last.ended is not None:
-                self._replayed.append(Output(request.job.id, ended=last.ended))
+                self._replayed.append(Output(request.ticket, ended=last.ended))
                 return
         self._waiting.append(sequence)
 
-    def drop(self, job_id: str) -> None:
-        self._replayed = [output for output in self._replayed if output.job_id != job_id]
-        self._waiting = deque(s for s in self._waiting if s.job_id != job_id)
+    def drop(self, ticket: str) -> None:
+        self._replayed = [output for output in self._replayed if output.ticket != ticket]
+        self._waiting = deque(s for s in self._waiting if s.ticket != ticket)
         for batch in list(self._batches):
-            if any(row.job_id == job_id for row in batch.rows):
-                self._leave(batch, {job_id})
+            if any(row.ticket == ticket for row in batch.rows):
+                self._replayed += self._leave(batch, {ticket})
 
     def wait_s(self) -> float | None:
         return 0.0 if self._waiting or self._batches or self._replayed else None
@@ -86,23 +86,28 @@ class TransformersEngine(Engine):
             self._batches.remove(batch)
             return [_failed(row, error) for row in batch.rows]
         outputs = [_accept(row, token) for row, token in zip(batch.rows, tokens, strict=True)]
-        ended = {output.job_id for output in outputs if output.ended is not None}
-        if ended:
-            self._leave(batch, ended)
-        return outputs
+        ended = {output.ticket for output in outputs if output.ended is not None}
+        return outputs + self._leave(batch, ended) if ended else outputs
 
-    def _leave(self, batch: Batch[Sequence], gone: set[str]) -> None:
-        kept = [i for i, row in enumerate(batch.rows) if row.job_id not in gone]
-        if kept:
-            batch.keep(kept)
-        else:
+    def _leave(self, batch: Batch[Sequence], gone: set[str]) -> list[Output]:
+        """Takes rows out of a batch; the outputs are the ends of the others if that fails (out of memory)."""
+        kept = [i for i, row in enumerate(batch.rows) if row.ticket not in gone]
+        if not kept:
             self._batches.remove(batch)
+            return []
+        rows = [batch.rows[i] for i in kept]
+        try:
+            batch.keep(kept)
+        except Exception as error:
+            self._batches.remove(batch)
+            return [_failed(row, error) for row in rows]
+        return []
 
-    def _sequence(self, job: Job) -> Sequence:
+    def _sequence(self, request: Request) -> Sequence:
+        job, sampling = request.job, request.job.sampling
         prompt = self._render(job)
-        sampling = job.sampling
         return Sequence(
-            job_id=job.id,
+            ticket=request.ticket,
             prompt=prompt,
             limit=self._limit(len(prompt), sampling.max_tokens),
             sampling=sampling,
@@ -166,4 +171,4 @@ def _accept(sequence: Sequence, token: int) -> Output:
 
 def _failed(sequence: Sequence, error: Exception) -> Output:
     failure = JobFailedError(f"The engine failed: {type(error).__name__}: {error}", code="engine_error")
-    return Output(sequence.job_id, ended=Ended(error=failure))
+    return Output(sequence.ticket, ended=Ended(error=failure))
