@@ -3,7 +3,7 @@
 from typing import Any
 
 from redis import exceptions
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 
@@ -13,7 +13,7 @@ SCHEMES = ("redis://", "rediss://", "unix://")
 COMMAND_TIMEOUT_S = 10.0
 
 
-def connect(url: str, *, blocking: bool = False, max_connections: int = 64) -> "Redis":
+def connect(url: str, *, blocking: bool = False, max_connections: int = 32) -> "Redis":
     """A client that speaks bytes and connects when first used.
 
     Commands are sent again after a lost connection: all our scripts are idempotent, which is what makes that safe.
@@ -21,7 +21,7 @@ def connect(url: str, *, blocking: bool = False, max_connections: int = 64) -> "
     Args:
         url: ``redis://``, ``rediss://`` or ``unix:///path``.
         blocking: for pub/sub and blocking reads: no read timeout and no resending.
-        max_connections: size of the pool.
+        max_connections: size of the pool; a call beyond it waits for a connection.
 
     Raises:
         ConfigurationError: the URL has another scheme.
@@ -32,6 +32,7 @@ def connect(url: str, *, blocking: bool = False, max_connections: int = 64) -> "
         "protocol": 2,
         "decode_responses": False,
         "max_connections": max_connections,
+        "timeout": COMMAND_TIMEOUT_S,
         "socket_connect_timeout": 5.0,
         "socket_timeout": None if blocking else COMMAND_TIMEOUT_S,
         "health_check_interval": 0,
@@ -41,5 +42,4 @@ def connect(url: str, *, blocking: bool = False, max_connections: int = 64) -> "
     if not blocking:
         options["retry"] = Retry(ExponentialBackoff(cap=0.5, base=0.02), 3)
         options["retry_on_error"] = [exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError]
-    client: Redis = Redis.from_url(url, **options)
-    return client
+    return Redis.from_pool(BlockingConnectionPool.from_url(url, **options))

@@ -99,9 +99,22 @@ def test_text_parts_are_joined_and_developers_are_heard(client: openai.OpenAI) -
 
 def test_parameters_that_ask_for_nothing_are_accepted(echo_stack: Stack) -> None:
     nothing = {
-        **{"n": 1, "logprobs": False, "tools": None, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}},
-        **{"response_format": {"type": "text"}, "store": False, "metadata": {"a": "b"}, "user": "u", "top_p": 1},
-        **{"service_tier": "auto", "seed": None, "stop": None, "max_tokens": None, "temperature": None},
+        "n": 1,
+        "logprobs": False,
+        "tools": None,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "logit_bias": {},
+        "response_format": {"type": "text"},
+        "store": False,
+        "metadata": {"a": "b"},
+        "user": "u",
+        "top_p": 1,
+        "service_tier": "auto",
+        "seed": None,
+        "stop": None,
+        "max_tokens": None,
+        "temperature": None,
     }
     assert post(echo_stack.port, chat(**nothing)).status == 200
 

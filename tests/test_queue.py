@@ -7,11 +7,14 @@ import pytest
 from redis.asyncio import Redis
 
 from fastchat_q import keys
+from fastchat_q.connection import connect
 from fastchat_q.errors import QueueFullError
 from fastchat_q.events import Delta, End, Result, Usage, parse_line
 from fastchat_q.jobs import Job, Message, Sampling
 from fastchat_q.queue import Claim, Finish, Queue
 from fastchat_q.tokens import Appended, Chunk, Status, append, read
+
+from .stack import RedisServer
 
 MODEL = "org/Some-Model"
 NAMES = keys.model_keys(MODEL)
@@ -349,6 +352,15 @@ async def test_an_idle_worker_is_woken_by_a_new_job(redis: "Redis", blocking_red
     waiting = asyncio.create_task(Queue(blocking_redis).wait(MODEL, 30))
     await enqueue(Queue(redis))
     await asyncio.wait_for(waiting, 5)
+
+
+async def test_a_burst_larger_than_the_connection_pool_waits_its_turn(
+    redis_server: RedisServer, redis: "Redis"
+) -> None:
+    few = connect(redis_server.url, max_connections=3)
+    await asyncio.gather(*(enqueue(Queue(few), number) for number in range(100)))
+    assert await redis.zcard(NAMES.live) == 100
+    await few.aclose()
 
 
 async def test_bells_do_not_pile_up(redis: "Redis") -> None:

@@ -109,7 +109,7 @@ class Worker:
                     continue
                 claims = await self._queue.claim(self._model, self.id, free=free, nonce=secrets.token_hex(4))
                 for claim in claims:
-                    self._active[claim.job_id] = Active(claim, claim.n, time.monotonic())
+                    self._take(claim)
                 for claim in claims:
                     await self._begin(claim)
                 if len(claims) < free:
@@ -117,6 +117,12 @@ class Worker:
             except AWAY as error:
                 log.warning("claim failed, trying again", error=str(error))
                 await asyncio.sleep(RETRY_S)
+
+    def _take(self, claim: Claim) -> None:
+        before = self._active.get(claim.job_id)
+        if before is not None:  # lost without our noticing, and ours again
+            self._lost(before.claim)
+        self._active[claim.job_id] = Active(claim, claim.n, time.monotonic())
 
     async def _begin(self, claim: Claim) -> None:
         """Hands a claimed job to the engine, with the tokens that an earlier attempt logged."""
