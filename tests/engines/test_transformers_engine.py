@@ -142,7 +142,7 @@ def test_greedy_answers_equal_generate_while_others_join_and_leave(
     assert [answer.ids for answer in answers] == expected
     assert {answer.finish_reason for answer in answers} == {"length"}
     assert max(forwards.decode_rows) == 1 if name in ONE_ROW_EACH else max(forwards.decode_rows) > 4
-    assert len({token for ids in expected for token in ids}) > 20, "a model that repeats itself would prove little"
+    assert len({token for ids in expected for token in ids}) > 10, "a model that repeats itself would prove little"
 
 
 def test_the_built_in_model_answers_as_generate_does(drive: Drive, tiny: Loaded) -> None:

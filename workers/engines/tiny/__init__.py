@@ -1,0 +1,1 @@
+"""The built-in model ``tiny``: its weights (``model/``), the dialogues it learnt from, and how it was trained."""
