@@ -20,7 +20,7 @@ from .schemas import ChatRequest
 from .service import service_of
 
 log = structlog.get_logger()
-router = APIRouter()
+router = APIRouter(tags=["chat"])
 T = TypeVar("T")
 
 COMMENT_S = 5.0

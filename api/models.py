@@ -11,7 +11,7 @@ from fastchat_q.registry import ModelCard
 from .admission import admit
 from .service import service_of
 
-router = APIRouter()
+router = APIRouter(tags=["models"])
 
 
 @router.get("/v1/models", summary="List the models that are served now")

@@ -34,6 +34,8 @@ class JobStream:
         self.job = job
         self.seen = 0
         """Tokens received so far."""
+        self.accepted = False
+        """ENQUEUE has returned: from now on a missing job record means that Redis lost it."""
         self.ended = False
         self.place: int | None = None
         """Place in the queue, from 1; None: not waiting, or not known yet."""
@@ -121,6 +123,7 @@ class Relay:
             if isinstance(error, (*AWAY, asyncio.CancelledError)):
                 self._left.put_nowait(job)  # it may have been accepted: only the reply is missing
             raise
+        stream.accepted = True
         if not stream.seen and not stream.ended:
             stream.place = place or None
         return stream
@@ -166,7 +169,8 @@ class Relay:
 
     def _fall_behind(self, streams: Iterable[JobStream]) -> None:
         for stream in streams:
-            self._behind[stream.job.id] = stream
+            if stream.accepted:  # the others are looked after when they are, and silent
+                self._behind[stream.job.id] = stream
         if self._behind:
             self._some_behind.set()
 
@@ -185,7 +189,7 @@ class Relay:
 
     async def _check_silent(self) -> None:
         now = self._now()
-        silent = [stream for stream in self._streams.values() if now - stream.heard >= CHECK_S and not stream.ended]
+        silent = [s for s in self._streams.values() if s.accepted and not s.ended and now - s.heard >= CHECK_S]
         for start in range(0, len(silent), CHECK_BATCH):
             await self._catch_up(silent[start : start + CHECK_BATCH])
 

@@ -162,6 +162,14 @@ def test_a_job_whose_record_vanished_ends_with_an_error_and_never_hangs(stack: S
         assert status == 503
 
 
+def test_a_job_that_is_slow_to_be_accepted_is_not_taken_for_lost(stack: Stack) -> None:
+    """Reads are answered while writes wait: the job's record is looked for before it is there."""
+    echo_worker(stack)
+    stack.redis.client_pause(2500, all=False)
+    reply = post(stack.port, {**LONG, "max_tokens": 2})
+    assert reply.status == 200, reply.body
+
+
 def test_waiting_streams_are_told_their_place(stack: Stack) -> None:
     echo_worker(stack, "--slots", "1")
     running = start_stream(stack.port, {**LONG, "ignore_eos": True, "max_tokens": 100_000})
