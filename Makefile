@@ -28,8 +28,9 @@ lint: setup-dev ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: setup-dev .tools/types ## static types of the package, as it is installed
+types: setup-dev .tools/types ## static types of the package, as it is installed, and of the load generator
 	$(BIN)/mypy -p fastchat_q
+	cd bench && ../$(BIN)/mypy --config-file ../pyproject.toml --explicit-package-bases loadgen fake_openai.py
 
 format: setup-dev ## rewrite the style
 	$(BIN)/ruff check --fix .

@@ -111,7 +111,8 @@ async def sse(stream: JobStream, first: list[Event], writer: render.ChunkWriter)
             yield render.queue_comment(place)
         events = await stream.take(1.0)
         quiet_s += 1.0
-    yield writer.role() + writer.events(events)
+    failed = isinstance(events[0], End) and events[0].error() is not None
+    yield writer.events(events) if failed else writer.role() + writer.events(events)
     while not isinstance(events[-1], End):
         events = await stream.take()
         chunk = writer.events(events)

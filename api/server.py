@@ -9,9 +9,9 @@ import structlog
 import uvicorn
 import uvloop
 
+from fastchat_q.addresses import check_exposure, check_port_free
 from fastchat_q.connection import connect
 from fastchat_q.credentials import KEY_FILE, load_or_create_api_key
-from fastchat_q.exposure import check_exposure
 from fastchat_q.loops import every
 from fastchat_q.queue import Queue
 from fastchat_q.registry import HEARTBEAT_S, Registry, process_id
@@ -33,9 +33,10 @@ def run(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT; open streams may go on for ``settings.drain_s``.
 
     Raises:
-        ConfigurationError: no authentication on an address that others can reach.
+        ConfigurationError: no authentication on an address that others can reach, or the address is taken.
     """
     check_exposure(settings)
+    check_port_free(settings.host, settings.port)
     api_key = _api_key(settings)
     uvloop.run(_serve(settings, api_key))
 

@@ -27,6 +27,7 @@ class OneModel(Catalog):
 
     def __init__(self, name: str) -> None:
         self._card = ModelCard(name, "direct", None, 0)
+        self._workers, self._known = {}, {name}
 
     def card(self, model: str) -> ModelCard | None:
         return self._card if model == self._card.name else None

@@ -8,7 +8,6 @@ medians are printed. Compare the two columns with one another, not with another 
 """
 
 import argparse
-import asyncio
 import json
 import os
 import platform
@@ -26,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import redis
+import uvloop
 from loadgen import Config, Report, run
 
 from fastchat_q.embedded import server_binary, server_command, server_version
@@ -235,7 +235,7 @@ def main() -> None:
     }
     print(", ".join(f"{name} {value}" for name, value in machine.items() if name != "loads"))
     with tempfile.TemporaryDirectory(prefix="fq") as folder, both(Path(folder)) as (queue, direct):
-        results = asyncio.run(compare(queue, direct, options.rounds))
+        results = uvloop.run(compare(queue, direct, options.rounds))
     if options.json_out is not None:
         options.json_out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 

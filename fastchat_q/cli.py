@@ -75,7 +75,7 @@ def up(
     """Run everything: embedded Redis, API, one worker, orchestrator."""
     import asyncio
 
-    from .exposure import check_exposure
+    from .addresses import check_exposure
     from .models import served_name
     from .up import Up, UpOptions, hold_lock
 

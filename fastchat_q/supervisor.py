@@ -1,6 +1,7 @@
 """Keeps child processes running: starts, restarts with backoff, and stops them; none outlives its parent."""
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import signal
@@ -51,17 +52,21 @@ class Child:
     async def stop(self, timeout_s: float) -> None:
         """SIGTERM, then SIGKILL after ``timeout_s``; returns when it is gone for good."""
         self.stopping = True
-        pid = self.pid
         if self._task is None:
             return
-        if pid is None:
+        if self.pid is None:
             self._task.cancel()  # it was waiting to be started again
         else:
-            os.kill(pid, signal.SIGTERM)
+            self._signal(signal.SIGTERM)
         _, late = await asyncio.wait([self._task], timeout=timeout_s)
-        if late and self.pid is not None:
-            os.kill(self.pid, signal.SIGKILL)
+        if late:
+            self._signal(signal.SIGKILL)
             await asyncio.wait([self._task])
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                self.process.send_signal(number)
 
     def last_words(self) -> str:
         """The last line that it printed."""

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import urllib.error
@@ -20,6 +19,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from . import keys
+from .addresses import check_port_free
 from .connection import connect
 from .credentials import KEY_FILE, load_or_create_api_key, write_api_key
 from .embedded import durability_findings, is_up, server_binary, server_command, server_version
@@ -245,23 +245,6 @@ async def end_orphan(redis: "Redis") -> None:
         with contextlib.suppress(RedisError, OSError):
             await redis.shutdown()
         await asyncio.sleep(POLL_S)
-
-
-def check_port_free(host: str, port: int) -> None:
-    """Fails early, and clearly, when somebody listens there already.
-
-    Raises:
-        ConfigurationError: the address cannot be bound.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise ConfigurationError(
-            f"Cannot listen on {host}:{port} ({error.strerror}). Choose another --port."
-        ) from error
 
 
 def _answers(url: str) -> bool:

@@ -229,6 +229,9 @@ def test_a_taken_port_is_said_at_once(ups: list[Up], folder: Path) -> None:
     second = start(ups, folder / "other", *ECHO, port=first.port)
     assert second.process.wait() == 2
     assert f"Cannot listen on 127.0.0.1:{first.port}" in second.output()
+    server = Process(folder / "serve", "serve", "--port", str(first.port), "--state-dir", str(folder / "other"))
+    assert server.wait() == 2
+    assert server.output().count("\n") == 1, "one line, no traceback"
 
 
 def test_beyond_loopback_keys_cannot_be_switched_off(ups: list[Up], folder: Path) -> None:

@@ -163,3 +163,32 @@ async def test_a_dead_engine_ends_the_worker_with_its_cause(redis: "Redis", bloc
             await worker.run(asyncio.Event())
     assert isinstance(raised.value.__cause__, MemoryError)
     assert await state(redis) == "running", "its lease will run out, and somebody else takes it"
+
+
+async def test_a_job_cancelled_while_others_are_begun_is_not_begun(redis: "Redis", blocking_redis: "Redis") -> None:
+    """The claim loop reads a log for the first job; meanwhile the second one is cancelled."""
+    await enqueue(redis, job("J1"), job("J2"))
+    worker = Worker(redis, blocking_redis, EchoEngine("echo", 4, 0), drain_s=1)
+    first, second = await Queue(redis).claim("echo", worker.id, free=2, nonce="n")
+    worker._take(first)
+    worker._take(second)
+    worker._lost(second)
+    await worker._begin(second)
+    assert list(worker._active) == ["J1"]
+
+
+async def test_a_job_whose_log_cannot_be_read_now_is_left_to_its_lease(
+    redis: "Redis", blocking_redis: "Redis", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await enqueue(redis, job("J1"))
+    worker = Worker(redis, blocking_redis, EchoEngine("echo", 4, 0), drain_s=1)
+    await redis.hset(NAMES.job("J1"), "n", 3)  # type: ignore[misc]
+    [claim] = await Queue(redis).claim("echo", worker.id, free=1, nonce="n")
+    worker._take(claim)
+    monkeypatch.setattr(redis, "xrange", _away)
+    await worker._begin(claim)
+    assert not worker._active, "nothing renews its lease any more"
+
+
+async def _away(*args: object, **kwargs: object) -> None:
+    raise ConnectionError("cut")

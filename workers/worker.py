@@ -126,7 +126,9 @@ class Worker:
 
     async def _begin(self, claim: Claim) -> None:
         """Hands a claimed job to the engine, with the tokens that an earlier attempt logged."""
-        active = self._active[claim.job_id]
+        active = self._active.get(claim.job_id)
+        if active is None or active.claim is not claim:
+            return  # cancelled while those before it were begun
         try:
             job = Job.from_spec(claim.spec)
             prior: tuple[int, ...] = ()
@@ -140,6 +142,9 @@ class Worker:
                 log.info("resuming", job=claim.job_id, attempt=claim.attempt, tokens=claim.n)
         except FastchatQError as error:
             self._end(active, (), "", Ended(error=error))
+        except AWAY as error:  # it cannot be begun now: its lease runs out, and it is claimed anew
+            log.warning("could not read the log", job=claim.job_id, error=str(error))
+            self._lost(claim)
         else:
             self._engine.submit(Request(job, active.ticket, prior))
 

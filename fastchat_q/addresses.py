@@ -1,6 +1,7 @@
-"""The rule that keeps a server without keys off the network."""
+"""The address a server listens on: whether it may, and whether it can."""
 
 import ipaddress
+import socket
 
 from .errors import ConfigurationError
 from .settings import Settings
@@ -27,3 +28,20 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Fails early, and clearly, when somebody listens there already.
+
+    Raises:
+        ConfigurationError: the address cannot be bound.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigurationError(
+            f"Cannot listen on {host}:{port} ({error.strerror}). Choose another --port."
+        ) from error
