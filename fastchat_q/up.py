@@ -61,7 +61,7 @@ class Up:
             ConfigurationError: it cannot start; nothing is left running.
         """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._on_signal)
         self._logs.mkdir(parents=True, exist_ok=True)
         api_key = self._api_key()
@@ -210,7 +210,10 @@ class Up:
         self._say("  Ctrl-C drains and stops\n")
 
     def _say(self, line: str) -> None:
-        print(line, file=self._out, flush=True)
+        try:
+            print(line, file=self._out, flush=True)
+        except BrokenPipeError:  # nobody reads any more; that is no reason to stop serving
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
 
 
 def hold_lock(state_dir: Path, url: str) -> TextIO:

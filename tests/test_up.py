@@ -121,6 +121,21 @@ def test_ctrl_c_drains_and_leaves_nothing_running(ups: list[Up], folder: Path) -
     assert "Stopped" in up.output()
 
 
+def test_it_goes_on_when_nobody_reads_its_output_any_more(folder: Path) -> None:
+    port = free_port()
+    flags = [*ECHO, "--port", str(port), "--state-dir", str(folder / "state")]
+    command = [sys.executable, "-m", "fastchat_q.cli", "up", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        assert b"redis" in process.stdout.readline()
+        process.stdout.close()  # as in: fastchat-q up | head -1
+        try:
+            wait_until(lambda: answers(f"http://127.0.0.1:{port}/readyz"), "it serves all the same", START_S)
+        finally:
+            process.send_signal(signal.SIGHUP)  # a closed terminal ends it as Ctrl-C does
+            assert process.wait(30) == 0
+
+
 def test_a_second_up_on_the_same_state_says_so_and_harms_nothing(ups: list[Up], folder: Path) -> None:
     up = start(ups, folder, *ECHO).ready()
     second = start(ups, folder, *ECHO)
