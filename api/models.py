@@ -1,5 +1,6 @@
 """``GET /v1/models`` and the two probes."""
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,6 +11,9 @@ from fastchat_q.registry import ModelCard
 
 from .admission import admit
 from .service import service_of
+
+READY_S = 2.0
+"""A Redis that does not answer within this time is not reachable: probes do not wait longer."""
 
 router = APIRouter(tags=["models"])
 
@@ -39,9 +43,11 @@ async def readyz(request: Request) -> JSONResponse:
     """503 with the reason otherwise."""
     catalog = service_of(request).catalog
     try:
-        await catalog.refresh()
+        async with asyncio.timeout(READY_S):
+            await catalog.refresh()
     except AWAY as error:
-        return JSONResponse({"status": "not ready", "reason": f"redis: {error}"}, 503)
+        reason = str(error) or f"no answer within {READY_S:g} s"
+        return JSONResponse({"status": "not ready", "reason": f"redis: {reason}"}, 503)
     models = [card.name for card in catalog.cards()]
     if not models:
         return JSONResponse({"status": "not ready", "reason": "no worker serves any model"}, 503)

@@ -118,6 +118,21 @@ def test_kill_9_of_redis_pauses_streams_and_they_go_on(stack: Stack) -> None:
     wait_until(lambda: get(stack.port, "/readyz").status == 200, "ready again")
 
 
+def test_a_frozen_redis_turns_ready_red_at_once_and_streams_go_on_when_it_thaws(stack: Stack) -> None:
+    echo_worker(stack)
+    connection = start_stream(stack.port, {**LONG, "max_tokens": 200})
+    connection.head()
+    pieces = stream_text(connection)
+    text = read_words(pieces, 20)
+    stack.server.process.send_signal(signal.SIGSTOP)
+    try:
+        reply = get(stack.port, "/readyz")
+        assert (reply.status, reply.json()["reason"]) == (503, "redis: no answer within 2 s")
+    finally:
+        stack.server.process.send_signal(signal.SIGCONT)
+    assert (text + "".join(pieces)).split() == WORDS[:200]
+
+
 def test_a_subscriber_that_redis_cuts_off_catches_up_from_the_log(stack: Stack) -> None:
     echo_worker(stack)
     connection = start_stream(stack.port, LONG)
