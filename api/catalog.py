@@ -25,7 +25,7 @@ class Catalog:
         workers: dict[str, list[Registration]] = {}
         for registration in await self._registry.workers():
             workers.setdefault(registration.card.name, []).append(registration)
-        self._known = await self._registry.known_models()
+        self._known |= await self._registry.known_models()  # also what a FLUSHALL forgot: those are 503, not 404
         self._workers = workers
 
     def cards(self) -> list[ModelCard]:

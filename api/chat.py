@@ -26,8 +26,6 @@ T = TypeVar("T")
 COMMENT_S = 5.0
 """A waiting stream gets a comment when its place changes, and this often in any case."""
 PING_S = 15
-STALLED_PINGS = 4
-"""A client that takes nothing for so many pings, while tokens wait for it, is given up."""
 CLIENT_CLOSED_REQUEST = 499
 
 
@@ -71,33 +69,27 @@ class JobStreamResponse(EventSourceResponse):
     def __init__(
         self, relay: Relay, stream: JobStream, body: AsyncIterator[bytes], headers: dict[str, str], drain_s: float
     ) -> None:
-        # Not sse-starlette's send_timeout: it opens a cancel scope for every chunk, a sixth of a token's cost.
+        # Without sse-starlette's send_timeout, which opens a cancel scope for every chunk, a sixth of a token's cost:
+        # the relay looks after clients that read nothing, once a second for all of them.
         super().__init__(
-            body,
-            headers=headers,
-            sep="\n",
-            ping=PING_S,
-            ping_message_factory=self._ping_unless_stalled,
-            shutdown_grace_period=drain_s,
+            body, headers=headers, sep="\n", ping=PING_S, ping_message_factory=_ping, shutdown_grace_period=drain_s
         )
         self._relay, self._stream = relay, stream
-        self._takes = self._stalled = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._stream.reader = asyncio.current_task()
         try:
             await super().__call__(scope, receive, send)
-        except ReaderStalledError:
+        except asyncio.CancelledError:
+            if not self._stream.stalled:
+                raise
             log.info("client stalled", job=self._stream.job.id, backlog=self._stream.backlog)
         finally:
             self._relay.leave(self._stream)
 
-    def _ping_unless_stalled(self) -> ServerSentEvent:
-        moved = self._stream.takes != self._takes or not self._stream.backlog
-        self._takes = self._stream.takes
-        self._stalled = 0 if moved else self._stalled + 1
-        if self._stalled >= STALLED_PINGS:
-            raise ReaderStalledError
-        return ServerSentEvent(comment="ping", sep="\n")
+
+def _ping() -> ServerSentEvent:
+    return ServerSentEvent(comment="ping", sep="\n")
 
 
 async def sse(stream: JobStream, first: list[Event], writer: render.ChunkWriter) -> AsyncIterator[bytes]:
@@ -118,10 +110,6 @@ async def sse(stream: JobStream, first: list[Event], writer: render.ChunkWriter)
         chunk = writer.events(events)
         if chunk:
             yield chunk
-
-
-class ReaderStalledError(Exception):
-    """The client keeps its connection open and reads nothing from it."""
 
 
 class ClientGoneError(Exception):

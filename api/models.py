@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from fastchat_q.errors import QueueUnavailableError
 from fastchat_q.loops import AWAY
 from fastchat_q.registry import ModelCard
 
@@ -22,7 +23,11 @@ router = APIRouter(tags=["models"])
 async def list_models(request: Request) -> dict[str, Any]:
     """A model is in the list while at least one worker serves it."""
     catalog = service_of(request).catalog
-    await catalog.refresh()
+    try:
+        async with asyncio.timeout(READY_S):
+            await catalog.refresh()
+    except TimeoutError as error:
+        raise QueueUnavailableError(f"Redis does not answer within {READY_S:g} s. Retry in a moment.") from error
     return {"object": "list", "data": [_model(card) for card in catalog.cards()]}
 
 
@@ -32,12 +37,14 @@ async def retrieve_model(model: str, request: Request) -> dict[str, Any]:
     return _model(await admit(service_of(request).catalog, model))
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", summary="The process is alive")
 async def healthz() -> dict[str, str]:
     """Says nothing of Redis or workers: a restart would not mend those."""
     return {"status": "ok"}
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", summary="Redis is reachable and at least one model is served")
 async def readyz(request: Request) -> JSONResponse:
     """503 with the reason otherwise."""

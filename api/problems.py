@@ -85,7 +85,9 @@ def invalid_request(detail: Mapping[str, Any]) -> InvalidRequestError:
     if kind == "extra_forbidden":
         return InvalidRequestError(f"Unknown parameter: '{path}'.", param=path, code="unknown_parameter")
     if kind == "unsupported_parameter":
-        return InvalidRequestError(detail["msg"], param=detail["ctx"]["name"], code="unsupported_parameter")
+        name = f"{path}.{detail['ctx']['name']}" if path else detail["ctx"]["name"]
+        message = f"Unsupported parameter: '{name}' is not supported by this server. Leave it out."
+        return InvalidRequestError(message, param=name, code="unsupported_parameter")
     if kind == "missing":
         if not path:
             return InvalidRequestError("The request has no body. Send a JSON object.", code="missing_body")
@@ -106,7 +108,7 @@ def _path(location: tuple[Any, ...]) -> str:
     for part in location[1:] if location[:1] == ("body",) else location:
         if isinstance(part, int):
             path += f"[{part}]" if path else ""
-        elif part != "str" and not part.startswith(("constrained-", "list[")):
+        elif part != "str" and not part.startswith(("constrained-", "function-", "list[")):
             path += f".{part}" if path else part
     return path
 

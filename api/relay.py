@@ -11,18 +11,23 @@ from collections.abc import Iterable
 import orjson
 import structlog
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from fastchat_q import keys
+from fastchat_q.errors import QueueUnavailableError
 from fastchat_q.events import TERMINAL_STATES, Delta, End, Event, Result, parse_line
 from fastchat_q.jobs import Job
-from fastchat_q.loops import AWAY, RECONNECT_S, every, listen
+from fastchat_q.loops import AWAY, RECONNECT_S, check_cancelled, every, listen
 from fastchat_q.queue import Queue
+from fastchat_q.settings import Settings
 from fastchat_q.tokens import entry_to_delta
 
 log = structlog.get_logger()
 
 CHECK_S = 1.0
 """Period of the look after silent streams, and how long a stream must be silent for it."""
+SUBMIT_S = 10.0
+"""A job that is not accepted by then is refused with 503."""
 CHECK_BATCH = 256
 """Silent streams asked for in one round trip."""
 
@@ -42,6 +47,10 @@ class JobStream:
         self.heard = now
         self.takes = 0
         """How often the reader has come for events."""
+        self.reader: asyncio.Task[object] | None = None
+        """The task that writes to the client, which a stalled client keeps waiting."""
+        self.stalled = False
+        self.waiting_s, self.takes_before = 0.0, 0
         self._events: list[Event] = []
         self._some = asyncio.Event()
 
@@ -83,6 +92,15 @@ class JobStream:
         """Events that the reader has not taken yet."""
         return len(self._events)
 
+    def watch(self, period_s: float, limit_s: float) -> None:
+        """Called every ``period_s``: gives a reader up that took nothing for ``limit_s`` while events wait for it."""
+        moved = self.takes != self.takes_before or not self.backlog
+        self.takes_before = self.takes
+        self.waiting_s = 0.0 if moved else self.waiting_s + period_s
+        if self.waiting_s >= limit_s and self.reader is not None and not self.stalled:
+            self.stalled = True
+            self.reader.cancel()
+
     async def collect(self) -> tuple[list[Event], End]:
         """Everything, once the job has ended."""
         events: list[Event] = []
@@ -95,11 +113,11 @@ class JobStream:
 class Relay:
     """Submits jobs and routes their events. `run` must be running."""
 
-    def __init__(self, redis: "Redis", blocking: "Redis", api_id: str, *, deadline_s: float, max_waiting: int) -> None:
+    def __init__(self, redis: "Redis", blocking: "Redis", api_id: str, settings: Settings) -> None:
         self._redis, self._blocking = redis, blocking
         self._queue = Queue(redis)
         self._inbox = keys.inbox(api_id)
-        self._deadline_s, self._max_waiting = deadline_s, max_waiting
+        self._settings = settings
         self._streams: dict[str, JobStream] = {}
         self._behind: dict[str, JobStream] = {}
         self._some_behind = asyncio.Event()
@@ -115,13 +133,19 @@ class Relay:
         stream = JobStream(job, self._now())
         self._streams[job.id] = stream  # before it is enqueued: tokens can be faster than the reply
         try:
-            place = await self._queue.enqueue(
-                job, inbox=self._inbox, deadline_s=self._deadline_s, max_waiting=self._max_waiting
-            )
+            async with asyncio.timeout(SUBMIT_S):
+                place = await self._queue.enqueue(
+                    job,
+                    inbox=self._inbox,
+                    deadline_s=self._settings.deadline_s,
+                    max_waiting=self._settings.max_waiting,
+                )
         except BaseException as error:
             del self._streams[job.id]
             if isinstance(error, (*AWAY, asyncio.CancelledError)):
                 self._left.put_nowait(job)  # it may have been accepted: only the reply is missing
+            if isinstance(error, TimeoutError):
+                raise QueueUnavailableError(f"The queue did not answer within {SUBMIT_S:g} s. Retry later.") from error
             raise
         stream.accepted = True
         if not stream.seen and not stream.ended:
@@ -147,6 +171,7 @@ class Relay:
             loops.create_task(self._listen())
             loops.create_task(self._catch_up_those_behind())
             loops.create_task(every(CHECK_S, self._check_silent, "silent streams"))
+            loops.create_task(every(CHECK_S, self._watch_readers, "stalled clients"))
             loops.create_task(self._cancel_those_left())
 
     async def _listen(self) -> None:
@@ -176,6 +201,7 @@ class Relay:
 
     async def _catch_up_those_behind(self) -> None:
         while True:
+            check_cancelled()
             await self._some_behind.wait()
             self._some_behind.clear()
             behind = list(self._behind.values())
@@ -192,6 +218,10 @@ class Relay:
         silent = [s for s in self._streams.values() if s.accepted and not s.ended and now - s.heard >= CHECK_S]
         for start in range(0, len(silent), CHECK_BATCH):
             await self._catch_up(silent[start : start + CHECK_BATCH])
+
+    async def _watch_readers(self) -> None:
+        for stream in list(self._streams.values()):
+            stream.watch(CHECK_S, self._settings.stalled_client_s)
 
     async def _catch_up(self, streams: list[JobStream]) -> None:
         """Reads record, log and place of some jobs in one round trip, and feeds what their streams have not seen."""
@@ -217,15 +247,20 @@ class Relay:
 
     async def _cancel_those_left(self) -> None:
         while True:
+            check_cancelled()
             job = await self._left.get()
             while True:
                 try:
                     before = await self._queue.cancel(job.model, job.id, "client disconnected")
                     log.info("cancelled", job=job.id, model=job.model, state=before)
-                    self._left.task_done()
+                    break
+                except ResponseError:  # trying again would not help, and keep the others waiting
+                    log.exception("cannot cancel", job=job.id, model=job.model)
                     break
                 except AWAY:
+                    check_cancelled()
                     await asyncio.sleep(RECONNECT_S)
+            self._left.task_done()
 
     @staticmethod
     def _now() -> float:

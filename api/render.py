@@ -8,9 +8,10 @@ import orjson
 
 from fastchat_q.errors import FastchatQError
 from fastchat_q.events import Delta, End, Event, Usage
-from fastchat_q.jobs import Job
+from fastchat_q.jobs import Job, Lane
 
 DONE = b"data: [DONE]\n\n"
+SERVICE_TIERS: dict[Lane, str] = {"hi": "default", "lo": "flex"}
 
 
 def to_json(body: dict[str, Any]) -> bytes:
@@ -41,7 +42,7 @@ def completion(job: Job, events: Sequence[Event], end: End) -> dict[str, Any]:
             }
         ],
         "usage": usage(result.usage if result else None),
-        "service_tier": "default",
+        "service_tier": SERVICE_TIERS[job.lane],
         "system_fingerprint": None,
     }
 
@@ -67,7 +68,7 @@ class ChunkWriter:
                 "object": "chat.completion.chunk",
                 "created": int(time.time()),
                 "model": job.model,
-                "service_tier": "default",
+                "service_tier": SERVICE_TIERS[job.lane],
                 "system_fingerprint": None,
             }
         )[:-1]

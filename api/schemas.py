@@ -3,7 +3,7 @@
 import secrets
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 from ulid import ULID
 
@@ -42,23 +42,66 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
 """Parameters of OpenAI and vLLM that this version does not implement, and the values that ask for nothing."""
 
 
+NOT_SUPPORTED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "annotations": (None, []),
+    "audio": (None,),
+    "function_call": (None,),
+    "reasoning_content": (None,),
+    "refusal": (None,),
+    "tool_calls": (None, []),
+}
+"""Fields of an answer's message that clients send back with it in the next turn, and the values that say nothing."""
+
+
+def _without_neutral(data: Any, table: dict[str, tuple[Any, ...]]) -> Any:
+    """The object without the table's fields; refuses those that ask for something."""
+    if not isinstance(data, dict):
+        return data
+    for name, neutral in table.items():
+        if name in data and data[name] not in neutral:
+            raise PydanticCustomError(
+                "unsupported_parameter",
+                "'{name}' is not supported by this server",
+                {"name": name},
+            )
+    return {name: value for name, value in data.items() if name not in table}
+
+
+def _is_unicode(text: str) -> str:
+    """Refuses lone surrogates, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("string_unicode", "Input should be valid Unicode, without lone surrogates") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_is_unicode)]
+
+
 class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    # Strict: "5" is no number and true is no count, as in OpenAI's API.
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class TextPart(_Request):
     """A text part of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(_Request):
     """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
-    name: str | None = None
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    name: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_supported(cls, data: Any) -> Any:
+        return _without_neutral(data, NOT_SUPPORTED_IN_MESSAGES)
 
     def to_message(self) -> Message:
         """The turn as a chat template takes it."""
@@ -102,16 +145,7 @@ class ChatRequest(_Request):
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_is_not_supported(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        for name, neutral in NOT_SUPPORTED.items():
-            if name in data and data[name] not in neutral:
-                raise PydanticCustomError(
-                    "unsupported_parameter",
-                    "Unsupported parameter: '{name}' is not supported by this server. Leave it out.",
-                    {"name": name},
-                )
-        return {name: value for name, value in data.items() if name not in NOT_SUPPORTED}
+        return _without_neutral(data, NOT_SUPPORTED)
 
     @model_validator(mode="after")
     def _agree_on_one_limit(self) -> Self:

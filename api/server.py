@@ -9,7 +9,7 @@ import structlog
 import uvicorn
 import uvloop
 
-from fastchat_q.addresses import check_exposure, check_port_free
+from fastchat_q.addresses import check_exposure, check_port_free, http_base
 from fastchat_q.connection import connect
 from fastchat_q.credentials import KEY_FILE, load_or_create_api_key
 from fastchat_q.loops import every
@@ -45,7 +45,7 @@ def _api_key(settings: Settings) -> str | None:
     if not settings.auth:
         return None
     if settings.api_key is not None:
-        return settings.api_key.get_secret_value()
+        return settings.api_key.get_secret_value().strip()
     key, created = load_or_create_api_key(settings.state_dir)
     if created:
         log.info("api key created", file=str(settings.state_dir / KEY_FILE))
@@ -56,7 +56,7 @@ async def _serve(settings: Settings, api_key: str | None) -> None:
     url, api_id = settings.resolved_redis_url, process_id("api")
     redis, blocking = connect(url), connect(url, blocking=True)
     catalog, registry, queue = Catalog(redis), Registry(redis), Queue(redis)
-    relay = Relay(redis, blocking, api_id, deadline_s=settings.deadline_s, max_waiting=settings.max_waiting)
+    relay = Relay(redis, blocking, api_id, settings)
     service = Service(settings, api_key, redis, catalog, relay)
 
     async def reap() -> None:
@@ -89,7 +89,7 @@ async def _serve(settings: Settings, api_key: str | None) -> None:
                 duties.create_task(every(HEARTBEAT_S, lambda: registry.announce_api(api_id), "heartbeat")),
                 duties.create_task(every(REAP_S, reap, "reap")),
             ]
-            log.info("listening", url=f"http://{settings.host}:{settings.port}", api=api_id, auth=settings.auth)
+            log.info("serving", url=http_base(settings.host, settings.port), api=api_id, auth=settings.auth)
             await server.serve()
             await relay.settled(SETTLE_S)
             for task in loops:

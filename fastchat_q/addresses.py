@@ -30,6 +30,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def http_base(host: str, port: int) -> str:
+    """``http://host:port``, with the brackets that an IPv6 address needs in a URL."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def check_port_free(host: str, port: int) -> None:
     """Fails early, and clearly, when somebody listens there already.
 

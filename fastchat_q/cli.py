@@ -75,7 +75,7 @@ def up(
     """Run everything: embedded Redis, API, one worker, orchestrator."""
     import asyncio
 
-    from .addresses import check_exposure
+    from .addresses import check_exposure, http_base
     from .models import served_name
     from .up import Up, UpOptions, hold_lock
 
@@ -88,7 +88,7 @@ def up(
     for flag, value in (("--name", name), ("--slots", slots), ("--threads", threads)):
         if value is not None:
             arguments += [flag, str(value)]
-    lock = hold_lock(settings.state_dir, f"http://{settings.host}:{settings.port}")
+    lock = hold_lock(settings.state_dir, http_base(settings.host, settings.port))
     with lock:
         asyncio.run(Up(settings, UpOptions(name or served_name(model), tuple(arguments))).run())
 

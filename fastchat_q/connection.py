@@ -16,7 +16,8 @@ COMMAND_TIMEOUT_S = 10.0
 def connect(url: str, *, blocking: bool = False, max_connections: int = 32) -> "Redis":
     """A client that speaks bytes and connects when first used.
 
-    Commands are sent again after a lost connection: all our scripts are idempotent, which is what makes that safe.
+    Commands are sent again after a lost connection. That is safe: a repeated script finds its own work; only a CLAIM
+    takes further jobs, and those of the lost reply come back when their lease runs out.
 
     Args:
         url: ``redis://``, ``rediss://`` or ``unix:///path``.
@@ -42,4 +43,7 @@ def connect(url: str, *, blocking: bool = False, max_connections: int = 32) -> "
     if not blocking:
         options["retry"] = Retry(ExponentialBackoff(cap=0.5, base=0.02), 3)
         options["retry_on_error"] = [exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError]
-    return Redis.from_pool(BlockingConnectionPool.from_url(url, **options))
+    try:
+        return Redis.from_pool(BlockingConnectionPool.from_url(url, **options))
+    except ValueError as error:
+        raise ConfigurationError(f"Redis URL {url!r}: {error}.") from error

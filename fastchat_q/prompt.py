@@ -12,6 +12,7 @@ import redis
 from redis.exceptions import RedisError
 
 CLIENTS = ("valkey-cli", "redis-cli")
+ENDLESS = ("subscribe", "psubscribe", "ssubscribe", "monitor")
 
 
 def run(url: str, arguments: list[str]) -> int:
@@ -21,7 +22,7 @@ def run(url: str, arguments: list[str]) -> int:
         command = [client, *connection_arguments(url), *arguments]
         sys.stdout.flush()
         os.execv(client, command)
-    connection = redis.Redis.from_url(url, decode_responses=True)
+    connection = redis.Redis.from_url(url, decode_responses=True, encoding_errors="backslashreplace")
     try:
         if arguments:
             return execute(connection, arguments)
@@ -39,6 +40,8 @@ def connection_arguments(url: str) -> list[str]:
 
 def execute(connection: "redis.Redis", arguments: list[str]) -> int:
     """One command, its reply printed as redis-cli prints it."""
+    if arguments[0].lower() in ENDLESS:
+        return _follow(connection, arguments)
     try:
         # redis-py turns some replies into Python objects; the protocol's own shape is what people know.
         connection.response_callbacks.clear()
@@ -47,6 +50,23 @@ def execute(connection: "redis.Redis", arguments: list[str]) -> int:
         print(f"(error) {error}")
         return 1
     return 0
+
+
+def _follow(connection: "redis.Redis", arguments: list[str]) -> int:
+    """A command whose replies do not end: prints them until Ctrl-C."""
+    held = connection.connection_pool.get_connection()
+    try:
+        held.send_command(*arguments)
+        while True:
+            print(format_reply(held.read_response()), flush=True)
+    except KeyboardInterrupt:
+        return 0
+    except RedisError as error:
+        print(f"(error) {error}")
+        return 1
+    finally:
+        held.disconnect()
+        connection.connection_pool.release(held)
 
 
 def format_reply(reply: Any, indent: str = "") -> str:

@@ -1,5 +1,6 @@
 """The job queue of all models: one method per transition, each one script call. It decides nothing; the scripts do."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,7 @@ MAX_DEATHS = 4
 RESULT_TTL_MS = 120_000
 """Job record and token log are kept this long after the end."""
 REAP_LIMIT = 32
+DEAD_CONNECTION_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +94,13 @@ class Queue:
                 return [Claim(i.decode(), f.decode(), attempt, n, left, spec) for i, f, attempt, n, left, spec in taken]
 
     async def wait(self, model: str, timeout_s: float) -> None:
-        """Blocks until a job may be there, at the most ``timeout_s`` seconds. Needs a blocking connection."""
-        await self._redis.blpop([keys.model_keys(model).bell], timeout=timeout_s)  # type: ignore[arg-type, misc]
+        """Blocks until a job may be there, at the most ``timeout_s`` seconds. Needs a blocking connection.
+
+        Raises:
+            TimeoutError: the server did not even say that time is up: the connection is dead without being closed.
+        """
+        async with asyncio.timeout(timeout_s + DEAD_CONNECTION_S):
+            await self._redis.blpop([keys.model_keys(model).bell], timeout=timeout_s)  # type: ignore[arg-type, misc]
 
     async def renew(self, model: str, claims: Sequence[Claim]) -> list[Claim]:
         """Extends the leases; returns the claims that are lost."""

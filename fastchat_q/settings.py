@@ -42,6 +42,8 @@ class Settings(BaseSettings):
     queue_comment_after_s: float = Field(default=1.0, ge=0)
     """A stream that has no token by then is opened with comments on its place in the queue. Until then an error is
     still an HTTP status of its own."""
+    stalled_client_s: float = Field(default=60.0, gt=0)
+    """A client that reads nothing for so long, while tokens wait for it, is given up and its job cancelled."""
     drain_s: float = Field(default=30.0, ge=0)
     """On SIGTERM, running work may go on this long."""
 

@@ -92,6 +92,7 @@ class Child:
             await asyncio.sleep(delay)
 
     async def _run_once(self) -> int:
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as output:
             self.process = await asyncio.create_subprocess_exec(
                 *self.command,

@@ -20,6 +20,8 @@ class Status(IntEnum):
     OK = 1
     DUPLICATE = 2
     GAP = 3
+    UNHEARD = 4
+    """OK, but no API process listens on the job's inbox."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ async def append(redis: "Redis", model: str, chunks: Sequence[Chunk], finishes: 
     for reply in replies:
         if isinstance(reply, RedisError):
             raise reply
-    emitted = [Status(code) for code in replies[0][:-1]] if chunks else []
+    emitted = [Status(code) for code in replies[0]] if chunks else []
     return Appended(emitted, [Status(code) for code in replies[len(replies) - len(finishes) :]])
 
 

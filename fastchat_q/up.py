@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from . import keys
-from .addresses import check_port_free
+from .addresses import check_port_free, http_base
 from .connection import connect
 from .credentials import KEY_FILE, load_or_create_api_key, write_api_key
 from .embedded import durability_findings, is_up, server_binary, server_command, server_version
@@ -84,7 +84,7 @@ class Up:
         api = self._start_child(group, "api", ["serve"], {"FASTCHAT_Q_API_KEY": api_key})
         worker = self._start_child(group, "worker", ["worker", *self._options.worker_arguments])
         orchestrator = self._start_child(group, "orchestrator", ["orchestrator"])
-        base = f"http://{self._settings.host}:{self._settings.port}"
+        base = http_base(self._settings.host, self._settings.port)
         async with asyncio.TaskGroup() as waits:
             waits.create_task(self._report("api", f"{base}/v1", lambda: self._api_is_up(base, api)))
             waits.create_task(
@@ -222,8 +222,11 @@ def hold_lock(state_dir: Path, url: str) -> TextIO:
     Raises:
         ConfigurationError: another ``up`` holds it; the message says which.
     """
-    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    file = (state_dir / "up.lock").open("a+")
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = (state_dir / "up.lock").open("a+")
+    except OSError as error:
+        raise ConfigurationError(f"--state-dir {state_dir} cannot be used: {error.strerror}.") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -252,7 +255,8 @@ async def end_orphan(redis: "Redis") -> None:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as response:
+        # No proxy, whatever the environment says: this is our own child on this machine.
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=2) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False

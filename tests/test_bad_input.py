@@ -9,6 +9,7 @@ from .http_client import CHAT, get, post
 from .stack import API_KEY, Stack
 
 USER = {"role": "user", "content": "hi"}
+TEXT_OF_A_SURROGATE = {"type": "text", "text": "\udc00"}
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +76,17 @@ def test_a_body_that_is_no_request(echo_stack: Stack, body: bytes, code: str | N
         ({"stop": {"a": 1}}, "stop"),
         ({"stream": "maybe"}, "stream"),
         ({"service_tier": "gold"}, "service_tier"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"temperature": "0.5"}, "temperature"),
+        ({"seed": "1"}, "seed"),
+        ({"stream": 1}, "stream"),
+        ({"messages": [{"role": "user", "content": "\ud800 hi"}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "\udc00"}]}]},
+            "messages[0].content[0].text",
+        ),
+        ({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [1]}]}, "messages[1].tool_calls"),
         ({"n": 2}, "n"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"logprobs": True}, "logprobs"),

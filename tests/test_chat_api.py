@@ -8,6 +8,8 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from fastchat_q import keys
+
 from .http_client import CHAT, Connection, get, post
 from .stack import Stack, wait_until
 
@@ -97,6 +99,15 @@ def test_text_parts_are_joined_and_developers_are_heard(client: openai.OpenAI) -
     assert answer.choices[0].message.content == "a b c"
 
 
+@pytest.mark.parametrize("dumped", [False, True])
+def test_an_answer_can_be_sent_back_in_the_next_turn(client: openai.OpenAI, dumped: bool) -> None:
+    messages: list[Any] = [{"role": "user", "content": "one"}]
+    answer = client.chat.completions.create(model="echo", messages=messages).choices[0].message
+    messages += [answer.model_dump() if dumped else answer, {"role": "user", "content": "two"}]
+    again = client.chat.completions.create(model="echo", messages=messages)
+    assert again.choices[0].message.content == "two"
+
+
 def test_parameters_that_ask_for_nothing_are_accepted(echo_stack: Stack) -> None:
     nothing = {
         "n": 1,
@@ -120,7 +131,10 @@ def test_parameters_that_ask_for_nothing_are_accepted(echo_stack: Stack) -> None
 
 
 def test_flex_requests_wait_in_the_batch_lane(echo_stack: Stack) -> None:
-    assert post(echo_stack.port, chat(service_tier="flex")).status == 200
+    reply = post(echo_stack.port, chat(service_tier="flex"))
+    assert (reply.status, reply.json()["service_tier"]) == (200, "flex")
+    job_id = reply.headers["x-job-id"].removeprefix("echo.")
+    assert echo_stack.redis.hget(keys.model_keys("echo").job(job_id), "lane") == "lo"
 
 
 def test_the_model_list_and_a_model_have_openais_shape(echo_stack: Stack, client: openai.OpenAI) -> None:

@@ -1,6 +1,7 @@
 """The queue protocol, script by script, against a real server."""
 
 import asyncio
+import signal
 import time
 
 import pytest
@@ -38,7 +39,8 @@ async def claim(queue: Queue, worker: str = "w1", free: int = 1, lanes: tuple[st
 
 
 async def emit(redis: "Redis", holder: Claim, n: int, *ids: int, text: str = "x") -> Status:
-    return (await append(redis, MODEL, [Chunk(holder, n, ids, text)])).chunks[0]
+    [status] = (await append(redis, MODEL, [Chunk(holder, n, ids, text)])).chunks
+    return Status.OK if status is Status.UNHEARD else status  # these tests do not listen
 
 
 async def finish(redis: "Redis", holder: Claim, n: int) -> Status:
@@ -200,6 +202,19 @@ async def test_tokens_and_end_of_many_jobs_travel_in_one_message_for_their_inbox
     await pubsub.aclose()  # type: ignore[no-untyped-call]
 
 
+async def test_an_emit_says_which_jobs_nobody_listens_to(redis: "Redis", blocking_redis: "Redis") -> None:
+    queue = Queue(redis)
+    pubsub = blocking_redis.pubsub()
+    await pubsub.subscribe("fq:inbox:t")
+    await pubsub.get_message(timeout=5)
+    await enqueue(queue, 1)
+    await queue.enqueue(job(2), inbox="fq:inbox:dead", deadline_s=60, max_waiting=100)
+    a, b = await claim(queue, free=2)
+    answer = await append(redis, MODEL, [Chunk(b, 1, (1,), "x"), Chunk(a, 1, (1,), "x"), Chunk(b, 2, (2,), "y")])
+    assert answer.chunks == [Status.UNHEARD, Status.OK, Status.UNHEARD]
+    await pubsub.aclose()  # type: ignore[no-untyped-call]
+
+
 async def test_releasing_gives_the_attempt_back_and_keeps_the_tokens(redis: "Redis") -> None:
     queue = Queue(redis)
     await enqueue(queue)
@@ -326,7 +341,7 @@ async def test_scripts_and_group_come_back_after_flush(redis: "Redis") -> None:
     [held] = await claim(queue)
     await redis.script_flush()
     answer = await append(redis, MODEL, [Chunk(held, 1, (1,), "x")], [Finish(held, 1, "succeeded", "stop", DONE)])
-    assert (answer.chunks, answer.finishes) == ([Status.OK], [Status.OK])
+    assert (answer.chunks, answer.finishes) == ([Status.UNHEARD], [Status.OK])
 
 
 async def test_at_maxmemory_new_jobs_are_refused_and_running_ones_drain(redis: "Redis") -> None:
@@ -361,6 +376,19 @@ async def test_a_burst_larger_than_the_connection_pool_waits_its_turn(
     await asyncio.gather(*(enqueue(Queue(few), number) for number in range(100)))
     assert await redis.zcard(NAMES.live) == 100
     await few.aclose()
+
+
+async def test_waiting_on_a_connection_that_died_without_closing_ends(
+    redis_server: RedisServer, blocking_redis: "Redis", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastchat_q.queue.DEAD_CONNECTION_S", 0.2)
+    await Queue(blocking_redis).wait(MODEL, 0.01)
+    redis_server.process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(TimeoutError):
+            await Queue(blocking_redis).wait(MODEL, 0.01)
+    finally:
+        redis_server.process.send_signal(signal.SIGCONT)
 
 
 async def test_bells_do_not_pile_up(redis: "Redis") -> None:

@@ -269,6 +269,36 @@ def test_an_api_server_that_may_not_wait_cancels_what_it_leaves(stack: Stack) ->
     wait_until(lambda: stack.running("echo") == 0, "the slot is free", timeout_s=3)
 
 
+def test_kill_9_of_an_api_server_frees_the_slots_of_its_clients(stack: Stack) -> None:
+    port = free_port()
+    api = stack.start_api(port)
+    echo_worker(stack)
+    wait_until(lambda: get(port, "/readyz").status == 200, "ready")
+    start_stream(port, {**LONG, "ignore_eos": True, "max_tokens": 100_000})
+    wait_until(lambda: stack.running("echo") == 1, "the job runs")
+    api.kill()
+    wait_until(lambda: stack.running("echo") == 0, "the slot is free", timeout_s=25)
+    assert stack.live("echo") == 0
+
+
+def test_a_client_that_reads_nothing_is_given_up_and_the_others_are_not(stack: Stack) -> None:
+    port = free_port()
+    stack.start_api(port, FASTCHAT_Q_STALLED_CLIENT_S="2")
+    stack.start_worker("--model", "echo", "--engine", "echo", "--token-delay-ms", "1")
+    wait_until(lambda: get(port, "/readyz").status == 200, "ready")
+    wide = {"model": "echo", "messages": [{"role": "user", "content": "x" * 4000 + " y"}], "ignore_eos": True}
+    stalled = start_stream(port, {**wide, "max_tokens": 30_000})
+    stalled.head()
+    reader = start_stream(port, {**LONG, "ignore_eos": True, "max_tokens": 8_000})
+    reader.head()
+    pieces, text = stream_text(reader), ""
+    while stack.live("echo") == 2:
+        text += next(pieces)
+    assert stack.live("echo") == 1, "the stalled one is cancelled, the one that reads goes on"
+    text += "".join(pieces)
+    assert text == " ".join(WORDS) * 20
+
+
 def test_two_workers_share_the_queue(stack: Stack) -> None:
     for _ in range(2):
         echo_worker(stack, "--slots", "2")

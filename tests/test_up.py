@@ -136,6 +136,16 @@ def test_it_goes_on_when_nobody_reads_its_output_any_more(folder: Path) -> None:
             assert process.wait(30) == 0
 
 
+def test_a_proxy_in_the_environment_does_not_keep_it_from_seeing_its_api(ups: list[Up], folder: Path) -> None:
+    up = start(ups, folder, *ECHO, http_proxy="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9").ready()
+    assert "✔ api" in up.output()
+
+
+def test_an_ipv6_address_is_printed_as_a_url_takes_it(ups: list[Up], folder: Path) -> None:
+    up = start(ups, folder, *ECHO, "--host", "::1").ready()
+    assert f"http://[::1]:{up.port}/v1" in up.output()
+
+
 def test_a_second_up_on_the_same_state_says_so_and_harms_nothing(ups: list[Up], folder: Path) -> None:
     up = start(ups, folder, *ECHO).ready()
     second = start(ups, folder, *ECHO)
@@ -291,6 +301,14 @@ def test_redis_commands_reach_the_server_of_the_state_directory(ups: list[Up], f
     assert '"lag"' in ran.stdout
     ran = subprocess.run([*command, "NONSENSE"], capture_output=True, text=True, env=environment, timeout=30)
     assert (ran.returncode, ran.stdout[:7]) == (1, "(error)")
+    watching = subprocess.Popen([*command, "PSUBSCRIBE", "fq:inbox:*"], stdout=subprocess.PIPE, env=environment)
+    assert watching.stdout is not None
+    with watching.stdout as out:
+        assert [b"psubscribe" in out.readline(), out.readline(), out.readline()][0]
+        up.client().chat.completions.create(model="echo", messages=[{"role": "user", "content": "seen"}])
+        assert any(b"seen" in out.readline() for _ in range(8))
+    watching.send_signal(signal.SIGINT)
+    watching.wait(10)
     ran = subprocess.run(command, input="GET nothing\nexit\n", capture_output=True, text=True, env=environment)
     assert "(nil)" in ran.stdout
 

@@ -9,6 +9,7 @@ from redis import exceptions
 from redis.asyncio import Redis
 
 from fastchat_q.events import Result
+from fastchat_q.loops import check_cancelled
 from fastchat_q.queue import Claim, Finish
 from fastchat_q.tokens import Chunk, Status, append
 
@@ -33,8 +34,8 @@ class Outcome:
 class _Pending:
     claim: Claim
     n: int
-    ids: tuple[int, ...]
-    text: str
+    ids: list[int]
+    texts: list[str]
     outcome: Outcome | None
 
 
@@ -42,14 +43,20 @@ class Publisher:
     """Never more than one call under way; what comes meanwhile goes into the next one.
 
     ``on_lost`` is told of claims that are no longer ours: cancelled, or taken over by somebody else.
+    ``on_sent`` is told after each chunk whether anybody was listening.
     """
 
     def __init__(
-        self, redis: "Redis", model: str, on_lost: Callable[[Claim], None], window_s: float = WINDOW_S
+        self,
+        redis: "Redis",
+        model: str,
+        on_lost: Callable[[Claim], None],
+        on_sent: Callable[[Claim, bool], None],
+        window_s: float = WINDOW_S,
     ) -> None:
         self._redis = redis
         self._model = model
-        self._on_lost = on_lost
+        self._on_lost, self._on_sent = on_lost, on_sent
         self._window_s = window_s
         self._pending: dict[str, _Pending] = {}
         self._some = asyncio.Event()
@@ -61,10 +68,11 @@ class Publisher:
         """Queues tokens that bring the job to ``n``, and its end if it came."""
         pending = self._pending.get(claim.job_id)
         if pending is None or pending.claim is not claim:  # what is left of an earlier claim of this job is void
-            self._pending[claim.job_id] = _Pending(claim, n, ids, text, outcome)
+            self._pending[claim.job_id] = _Pending(claim, n, list(ids), [text], outcome)
         else:
-            pending.n, pending.ids, pending.text = n, pending.ids + ids, pending.text + text
-            pending.outcome = outcome
+            pending.n, pending.outcome = n, outcome
+            pending.ids += ids
+            pending.texts.append(text)
         self._some.set()
         self._idle.clear()
         if urgent or outcome is not None:
@@ -85,6 +93,7 @@ class Publisher:
         loop = asyncio.get_running_loop()
         last = 0.0
         while True:
+            check_cancelled()
             await self._some.wait()
             rest = last + self._window_s - loop.time()
             if rest > 0 and not self._urgent.is_set():
@@ -107,9 +116,10 @@ class Publisher:
 
     async def _deliver(self, batch: list[_Pending]) -> None:
         """Sends a batch until Redis took it: a repeated call finds its own tokens and adds none."""
-        chunks = [Chunk(p.claim, p.n, p.ids, p.text) for p in batch if p.ids]
+        chunks = [Chunk(p.claim, p.n, tuple(p.ids), "".join(p.texts)) for p in batch if p.ids]
         finishes = [_finish(p.claim, p.n, p.outcome) for p in batch if p.outcome is not None]
         while True:
+            check_cancelled()
             try:
                 answer = await append(self._redis, self._model, chunks, finishes)
                 break
@@ -126,6 +136,11 @@ class Publisher:
                 log.error("tokens missing in the log", job=chunk.claim.job_id, n=chunk.n)
             if status in (Status.LOST, Status.GAP):
                 self._lost(chunk.claim)
+            else:
+                self._on_sent(chunk.claim, status is not Status.UNHEARD)
+        for finish, status in zip(finishes, answer.finishes, strict=True):
+            if status is Status.GAP:
+                log.error("ended without all its tokens: it is claimed anew", job=finish.claim.job_id, n=finish.n)
 
     def _lost(self, claim: Claim) -> None:
         self.forget(claim)

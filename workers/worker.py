@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ REAP_S = 1.0
 IDLE_POLL_S = 1.0
 """How long an idle worker sleeps when no bell wakes it."""
 RETRY_S = 0.5
+ABANDONED_S = 15.0
+"""A job whose API server is gone for so long is cancelled: nobody is left to read it."""
+MAX_STEPS_AHEAD = 64
+"""Steps whose outputs the event loop has not taken yet; then the engine waits, so that heartbeats get their turn."""
 
 
 @dataclass(slots=True)
@@ -38,6 +43,8 @@ class Active:
     n: int
     since: float
     emitted: bool = False
+    unheard_since: float | None = None
+    """Since when nobody listens to its tokens."""
 
     @property
     def ticket(self) -> str:
@@ -64,9 +71,10 @@ class Worker:
         self._engine = engine
         self._drain_s = drain_s
         self._active: dict[str, Active] = {}
+        self._ahead = threading.Semaphore(MAX_STEPS_AHEAD)
         self._slot_freed = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._publisher = Publisher(redis, self._model, self._lost)
+        self._publisher = Publisher(redis, self._model, self._lost, self._sent)
         self._registration = Registration.of_this_process(self.id, engine.card, engine.slots)
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -77,7 +85,7 @@ class Worker:
         """
         loop = asyncio.get_running_loop()
         self._engine.start(
-            sink=lambda outputs: _threadsafe(loop, self._on_outputs, outputs),
+            sink=lambda outputs: self._hand_over(loop, outputs),
             on_death=lambda: _threadsafe(loop, self._stopping.set),
         )
         async with asyncio.TaskGroup() as duties:
@@ -86,6 +94,7 @@ class Worker:
                 duties.create_task(every(HEARTBEAT_S, self._announce, "heartbeat")),
                 duties.create_task(every(RENEW_S, self._renew, "renew")),
                 duties.create_task(every(REAP_S, self._reap, "reap")),
+                duties.create_task(every(REAP_S, self._cancel_abandoned, "abandoned jobs")),
                 duties.create_task(self._follow_hints()),
                 duties.create_task(_forward(stop, self._stopping)),
             ]
@@ -97,7 +106,7 @@ class Worker:
                 task.cancel()
         if self._engine.failure is not None:
             raise RuntimeError("the engine died") from self._engine.failure
-        self._engine.stop()
+        await asyncio.to_thread(self._engine.stop)  # it may be waiting for this loop to take its outputs
 
     async def _claim_until_stopped(self) -> None:
         while not self._stopping.is_set():
@@ -148,7 +157,13 @@ class Worker:
         else:
             self._engine.submit(Request(job, active.ticket, prior))
 
+    def _hand_over(self, loop: asyncio.AbstractEventLoop, outputs: list[Output]) -> None:
+        """On the engine's thread: passes a step's outputs on, and waits when the loop is far behind."""
+        self._ahead.acquire()
+        _threadsafe(loop, self._on_outputs, outputs)
+
     def _on_outputs(self, outputs: list[Output]) -> None:
+        self._ahead.release()
         for output in outputs:
             active = self._active.get(output.ticket.partition(" ")[0])
             if active is None or active.ticket != output.ticket:
@@ -186,6 +201,18 @@ class Worker:
             self._publisher.forget(claim)
             self._engine.cancel(active.ticket)
             self._free(claim.job_id)
+
+    def _sent(self, claim: Claim, heard: bool) -> None:
+        active = self._active.get(claim.job_id)
+        if active is not None and active.claim is claim:
+            active.unheard_since = None if heard else active.unheard_since or time.monotonic()
+
+    async def _cancel_abandoned(self) -> None:
+        for active in list(self._active.values()):
+            if active.unheard_since is not None and time.monotonic() - active.unheard_since > ABANDONED_S:
+                log.info("abandoned", job=active.claim.job_id, tokens=active.n)
+                await self._queue.cancel(self._model, active.claim.job_id, "its API server is gone")
+                self._lost(active.claim)
 
     async def _follow_hints(self) -> None:
         async for hint in listen(self._blocking, keys.worker_channel(self.id)):

@@ -2,8 +2,8 @@
 -- only if it is in the log; the channel is a hint. Explicit ids 0-<n> let XADD itself refuse a repeat or a reorder.
 --
 -- ARGV: 1 lease in ms, then per job: id, fence, n after this chunk, tokens in it, payload (one line of JSON)
--- returns per job 1 ok | 0 lost (fenced out, cancelled, ended) | 2 duplicate of a call whose reply was lost | 3 gap;
---         last, how many subscribers heard it
+-- returns per job 1 ok | 0 lost (fenced out, cancelled, ended) | 2 duplicate of a call whose reply was lost | 3 gap |
+--         4 ok, but nobody listens on its inbox
 allow_at_maxmemory()
 local t, lease, out, lines = now(), tonumber(ARGV[1]), {}, {}
 for i = 2, #ARGV, 5 do
@@ -19,13 +19,16 @@ for i = 2, #ARGV, 5 do
     redis.call('HSET', JOB .. id, 'n', n)
     redis.call('ZADD', LEASE, 'XX', t + lease, id)
     local inbox = lines[h[4]]
-    if not inbox then inbox = {}; lines[h[4]] = inbox end
+    if not inbox then inbox = {at = {}}; lines[h[4]] = inbox end
+    inbox.at[#inbox.at + 1] = #out + 1
     inbox[#inbox + 1] = id .. ' ' .. n .. ' ' .. k .. ' ' .. payload
     status = 1
   end
   out[#out + 1] = status
 end
-local heard = 0
-for inbox, rows in pairs(lines) do heard = heard + redis.call('PUBLISH', inbox, table.concat(rows, '\n')) end
-out[#out + 1] = heard
+for inbox, rows in pairs(lines) do
+  if redis.call('PUBLISH', inbox, table.concat(rows, '\n')) == 0 then
+    for _, i in ipairs(rows.at) do out[i] = 4 end
+  end
+end
 return out

@@ -6,14 +6,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastchat_q.choices import Device, Dtype
 from fastchat_q.errors import ConfigurationError
 
+log = structlog.get_logger()
+
 BUILTIN_DIRS = {"tiny": Path(__file__).parent / "tiny" / "model"}
 """Where the built-in models lie inside the package."""
+
+
+PROCESSORS: dict[str, object] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "sequence_bias": None,
+}
+"""Entries of a generation config that change even greedy output, and the values that do nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +85,7 @@ def load(source: str, device: Device = "auto", dtype: Dtype = "auto") -> Loaded:
         torch.nn.Module.eval(model)
     except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
         raise ConfigurationError(f"Model {source!r} does not fit on {target}: {_first_line(error)}") from error
+    _warn_of_ignored_settings(source, model)
     return Loaded(model, tokenizer, target, _context_length(config), _eos_ids(model, tokenizer))
 
 
@@ -109,6 +129,18 @@ def _context_length(config: Any) -> int | None:
     """Read from the text config as it stands: on transformers 5 a rope factor is already in it."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
+
+
+def _warn_of_ignored_settings(source: str, model: PreTrainedModel) -> None:
+    """Says which parts of the model's generation_config.json ``generate`` would apply and this engine does not."""
+    config = model.generation_config
+    ignored = {
+        name: value
+        for name, neutral in PROCESSORS.items()
+        if (value := getattr(config, name, None)) is not None and value != neutral
+    }
+    if ignored:
+        log.warning("generation_config entries are not applied", model=source, entries=ignored)
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
