@@ -109,6 +109,8 @@ class Up:
         data_dir, path = self._settings.state_dir / "redis", self._settings.socket_path
         data_dir.mkdir(exist_ok=True)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.parent.stat().st_uid != os.getuid():  # a short path in the temporary folder can be guessed
+            raise ConfigurationError(f"{path.parent} belongs to somebody else. Choose a shorter --state-dir.")
         path.unlink(missing_ok=True)
         command = server_command(binary, data_dir.absolute(), path)
         child = Child("redis", command, self._logs / "redis.log", {}, self._on_exit)
