@@ -1,13 +1,14 @@
 """The worker's loops against a real server, in this process, with the echo engine."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 from fastchat_q.workers.engines.base import Output
 from fastchat_q.workers.engines.echo import EchoEngine
-from fastchat_q.workers.worker import Worker
+from fastchat_q.workers.worker import MAX_STEPS_AHEAD, Worker
 from redis.asyncio import Redis
 
 from fastchat_q import keys
@@ -192,3 +193,22 @@ async def test_a_job_whose_log_cannot_be_read_now_is_left_to_its_lease(
 
 async def _away(*args: object, **kwargs: object) -> None:
     raise ConnectionError("cut")
+
+
+async def test_an_engine_waits_for_a_loop_that_is_far_behind(redis: "Redis", blocking_redis: "Redis") -> None:
+    """Or else its outputs would pile up, and heartbeats would wait behind them."""
+    worker = Worker(redis, blocking_redis, EchoEngine("echo", 1, 0), drain_s=1)
+    loop = asyncio.get_running_loop()
+    steps: list[int] = []
+
+    def generate() -> None:
+        for step in range(MAX_STEPS_AHEAD + 10):
+            worker._hand_over(loop, [])
+            steps.append(step)
+
+    engine = threading.Thread(target=generate)
+    engine.start()
+    engine.join(0.3)  # on the loop's own thread: meanwhile it takes nothing
+    assert len(steps) == MAX_STEPS_AHEAD
+    await asyncio.to_thread(engine.join)
+    assert len(steps) == MAX_STEPS_AHEAD + 10

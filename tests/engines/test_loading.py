@@ -164,3 +164,13 @@ def test_a_folder_of_that_name_does_not_hide_the_built_in_model(
     monkeypatch.chdir(tmp_path)
     assert served_name("tiny") == "tiny"
     assert load("tiny", device="cpu").context_length
+
+
+def test_settings_of_a_checkpoint_that_are_not_applied_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = loading.load("tiny", "cpu")
+    loaded.model.generation_config.repetition_penalty = 1.3
+    loading._warn_of_ignored_settings("tiny", loaded.model)
+    assert "repetition_penalty" in capsys.readouterr().out
+    loaded.model.generation_config.repetition_penalty = 1.0
+    loading._warn_of_ignored_settings("tiny", loaded.model)
+    assert capsys.readouterr().out == ""
