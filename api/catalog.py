@@ -1,11 +1,14 @@
 """The models that are served now, as this API process last saw the registry. No request waits for Redis to know it."""
 
+import asyncio
+
 from redis.asyncio import Redis
 
 from fastchat_q.loops import every
 from fastchat_q.registry import ModelCard, Registration, Registry
 
 REFRESH_S = 1.0
+REFRESH_LIMIT_S = 2.0
 
 
 class Catalog:
@@ -21,11 +24,21 @@ class Catalog:
         await every(REFRESH_S, self.refresh, "registry")
 
     async def refresh(self) -> None:
-        """Reads the registry now."""
+        """Reads the registry now.
+
+        Raises:
+            TimeoutError: Redis does not answer; nobody who asks waits longer than ``REFRESH_LIMIT_S``.
+            redis.RedisError: it is away.
+        """
+        try:
+            async with asyncio.timeout(REFRESH_LIMIT_S):
+                registrations, known = await self._registry.workers(), await self._registry.known_models()
+        except TimeoutError as error:
+            raise TimeoutError(f"no answer within {REFRESH_LIMIT_S:g} s") from error
         workers: dict[str, list[Registration]] = {}
-        for registration in await self._registry.workers():
+        for registration in registrations:
             workers.setdefault(registration.card.name, []).append(registration)
-        self._known |= await self._registry.known_models()  # also what a FLUSHALL forgot: those are 503, not 404
+        self._known |= known  # also what a FLUSHALL forgot: those are 503, not 404
         self._workers = workers
 
     def cards(self) -> list[ModelCard]:

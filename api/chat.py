@@ -1,8 +1,7 @@
 """``POST /v1/chat/completions``: parse, ask, render, nothing else."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
-from typing import TypeVar
+from collections.abc import AsyncIterator
 
 import structlog
 from fastapi import APIRouter, Request
@@ -12,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from fastchat_q.events import End, Event
 from fastchat_q.keys import public_job_id
+from fastchat_q.loops import PreemptedError, unless
 
 from . import render
 from .admission import admit
@@ -21,7 +21,6 @@ from .service import service_of
 
 log = structlog.get_logger()
 router = APIRouter(tags=["chat"])
-T = TypeVar("T")
 
 COMMENT_S = 5.0
 """A waiting stream gets a comment when its place changes, and this often in any case."""
@@ -44,10 +43,10 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     handed_over = False
     try:
         if not body.stream:
-            events, end = await while_connected(request, stream.collect())
+            events, end = await unless(_disconnected(request), stream.collect())
             raise_if_failed(end)
             return Response(render.to_json(render.completion(job, events, end)), 200, headers, "application/json")
-        first = await while_connected(request, stream.take(service.settings.queue_comment_after_s))
+        first = await unless(_disconnected(request), stream.take(service.settings.queue_comment_after_s))
         if first and isinstance(first[-1], End):
             raise_if_failed(first[-1])  # still a status of its own: no byte is out
         writer = render.ChunkWriter(job, bool(body.stream_options and body.stream_options.include_usage))
@@ -56,7 +55,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         )
         handed_over = True
         return response
-    except ClientGoneError:
+    except PreemptedError:  # the client is gone: nobody is left to answer
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:
         if not handed_over:
@@ -110,29 +109,6 @@ async def sse(stream: JobStream, first: list[Event], writer: render.ChunkWriter)
         chunk = writer.events(events)
         if chunk:
             yield chunk
-
-
-class ClientGoneError(Exception):
-    """The client closed its connection; nobody is left to answer."""
-
-
-async def while_connected(request: Request, awaitable: Awaitable[T]) -> T:
-    """Awaits, but gives up when the client does.
-
-    Raises:
-        ClientGoneError: the connection was closed first.
-    """
-    work = asyncio.ensure_future(awaitable)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ClientGoneError
-        return work.result()
-    finally:
-        for task in (work, gone):
-            task.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

@@ -22,6 +22,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(FastchatQError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(RedisError, _on_redis_error)
+    app.add_exception_handler(TimeoutError, _on_redis_error)  # Redis is what the routes wait for
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_bug)
 

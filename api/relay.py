@@ -11,10 +11,10 @@ from collections.abc import Iterable
 import orjson
 import structlog
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError
 
 from fastchat_q import keys
-from fastchat_q.errors import QueueUnavailableError
+from fastchat_q.connection import TRANSIENT
 from fastchat_q.events import TERMINAL_STATES, Delta, End, Event, Result, parse_line
 from fastchat_q.jobs import Job
 from fastchat_q.loops import AWAY, RECONNECT_S, check_cancelled, every, listen
@@ -128,7 +128,8 @@ class Relay:
 
         Raises:
             QueueFullError: nothing was stored.
-            redis.RedisError: the server is away; if it took the job all the same, the job is cancelled when it is back.
+            redis.RedisError, TimeoutError: the server is away; if it took the job all the same, the job is cancelled
+                when it is back.
         """
         stream = JobStream(job, self._now())
         self._streams[job.id] = stream  # before it is enqueued: tokens can be faster than the reply
@@ -144,8 +145,6 @@ class Relay:
             del self._streams[job.id]
             if isinstance(error, (*AWAY, asyncio.CancelledError)):
                 self._left.put_nowait(job)  # it may have been accepted: only the reply is missing
-            if isinstance(error, TimeoutError):
-                raise QueueUnavailableError(f"The queue did not answer within {SUBMIT_S:g} s. Retry later.") from error
             raise
         stream.accepted = True
         if not stream.seen and not stream.ended:
@@ -254,12 +253,12 @@ class Relay:
                     before = await self._queue.cancel(job.model, job.id, "client disconnected")
                     log.info("cancelled", job=job.id, model=job.model, state=before)
                     break
-                except ResponseError:  # trying again would not help, and keep the others waiting
-                    log.exception("cannot cancel", job=job.id, model=job.model)
-                    break
-                except AWAY:
+                except TRANSIENT:
                     check_cancelled()
                     await asyncio.sleep(RECONNECT_S)
+                except RedisError:  # trying again would not help, and keep the others waiting
+                    log.exception("cannot cancel", job=job.id, model=job.model)
+                    break
             self._left.task_done()
 
     @staticmethod

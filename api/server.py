@@ -13,7 +13,7 @@ from fastchat_q.addresses import check_exposure, check_port_free, http_base
 from fastchat_q.connection import connect
 from fastchat_q.credentials import KEY_FILE, load_or_create_api_key
 from fastchat_q.loops import every
-from fastchat_q.queue import Queue
+from fastchat_q.queue import REAP_S, Queue
 from fastchat_q.registry import HEARTBEAT_S, Registry, process_id
 from fastchat_q.settings import Settings
 
@@ -24,7 +24,6 @@ from .service import Service
 
 log = structlog.get_logger()
 
-REAP_S = 1.0
 SETTLE_S = 2.0
 """How long a stopping server goes on telling the queue which clients it has left."""
 
@@ -57,7 +56,7 @@ async def _serve(settings: Settings, api_key: str | None) -> None:
     redis, blocking = connect(url), connect(url, blocking=True)
     catalog, registry, queue = Catalog(redis), Registry(redis), Queue(redis)
     relay = Relay(redis, blocking, api_id, settings)
-    service = Service(settings, api_key, redis, catalog, relay)
+    service = Service(settings, api_key, catalog, relay)
 
     async def reap() -> None:
         for model in catalog.known():

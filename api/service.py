@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from fastapi import Request
-from redis.asyncio import Redis
 
 from fastchat_q.settings import Settings
 
@@ -18,7 +17,6 @@ class Service:
     settings: Settings
     api_key: str | None
     """None: authentication is off."""
-    redis: "Redis"
     catalog: Catalog
     relay: Relay
 

@@ -6,7 +6,6 @@ max_tokens, as the echo engine's do with ``ignore_eos``.
 
 import argparse
 import asyncio
-from typing import cast
 
 import uvicorn
 import uvloop
@@ -14,7 +13,6 @@ from fastchat_q.api.app import create_app
 from fastchat_q.api.catalog import Catalog
 from fastchat_q.api.relay import JobStream, Relay
 from fastchat_q.api.service import Service
-from redis.asyncio import Redis
 
 from fastchat_q.events import Delta, End, Result, Usage
 from fastchat_q.jobs import Job
@@ -71,7 +69,7 @@ class DirectRelay(Relay):
 async def serve(port: int, model: str, delay_s: float) -> None:
     """Serves until it is killed."""
     relay = DirectRelay(delay_s)
-    service = Service(Settings(), None, cast("Redis", None), OneModel(model), relay)
+    service = Service(Settings(), None, OneModel(model), relay)
     config = uvicorn.Config(
         create_app(service), port=port, http="httptools", ws="none", lifespan="off", access_log=False,
         proxy_headers=False, log_level="warning",

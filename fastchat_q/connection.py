@@ -11,6 +11,10 @@ from .errors import ConfigurationError
 
 SCHEMES = ("redis://", "rediss://", "unix://")
 COMMAND_TIMEOUT_S = 10.0
+RESENT = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError)
+"""What redis-py itself tries again, a few times."""
+TRANSIENT = (*RESENT, OSError)
+"""What may pass by itself (a restart, a failover): worth sending again. Any other error of Redis is an answer."""
 
 
 def connect(url: str, *, blocking: bool = False, max_connections: int = 32) -> "Redis":
@@ -42,7 +46,7 @@ def connect(url: str, *, blocking: bool = False, max_connections: int = 32) -> "
         options["socket_keepalive"] = True
     if not blocking:
         options["retry"] = Retry(ExponentialBackoff(cap=0.5, base=0.02), 3)
-        options["retry_on_error"] = [exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError]
+        options["retry_on_error"] = list(RESENT)
     try:
         return Redis.from_pool(BlockingConnectionPool.from_url(url, **options))
     except ValueError as error:

@@ -11,7 +11,6 @@ import orjson
 
 from .errors import DeadlineError, FastchatQError, InvalidRequestError, JobFailedError, QueueUnavailableError
 
-State = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired", "dead"]
 TERMINAL_STATES = frozenset({"succeeded", "failed", "cancelled", "expired", "dead"})
 FinishReason = Literal["stop", "length"]
 
@@ -44,7 +43,8 @@ class Result:
 
     def to_json(self) -> bytes:
         """JSON without nulls."""
-        return orjson.dumps({k: v for k, v in _shallow(self).items() if v is not None})
+        fields = {"finish_reason": self.finish_reason, "usage": self.usage, "error": self.error}
+        return orjson.dumps({name: value for name, value in fields.items() if value is not None})
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Result":
@@ -83,10 +83,6 @@ class End:
 
 
 Event = Delta | End
-
-
-def _shallow(result: Result) -> dict[str, Any]:
-    return {"finish_reason": result.finish_reason, "usage": result.usage, "error": result.error}
 
 
 def encode_payload(ids: tuple[int, ...], text: str) -> bytes:

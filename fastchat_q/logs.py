@@ -1,32 +1,22 @@
-"""Logs are one line an event on stderr: a verb, ids, figures; as text, or as JSON if asked for."""
+"""Logs are one line an event on stderr: a verb, ids, figures."""
 
 import logging
 import sys
-from typing import Literal
 
 import structlog
 
-LogFormat = Literal["text", "json"]
 
-
-def configure(log_format: LogFormat = "text", level: str = "info") -> None:
-    """Sets up structlog for this process, and sends what libraries log through the same renderer."""
+def configure() -> None:
+    """Sets up structlog for this process, and sends the warnings of libraries through the same renderer."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
-    )
-    number = logging.getLevelNamesMapping()[level.upper()]
+    renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
     structlog.configure(
-        processors=[*shared, structlog.processors.format_exc_info, renderer]
-        if log_format == "json"
-        else [*shared, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
@@ -37,4 +27,4 @@ def configure(log_format: LogFormat = "text", level: str = "info") -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
-    logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

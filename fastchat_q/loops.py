@@ -1,14 +1,16 @@
-"""The loops that processes are made of: do a thing every so often, and listen to a channel for ever."""
+"""What the loops of processes are made of: do a thing every so often, listen for ever, wait unless interrupted."""
 
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
 
 import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 AWAY = (RedisError, OSError)
 """What a Redis call raises while the server is away or restarts."""
@@ -24,6 +26,28 @@ def check_cancelled() -> None:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
+
+
+class PreemptedError(Exception):
+    """What was waited for is no longer wanted."""
+
+
+async def unless(interruption: Awaitable[object], work: Awaitable[T]) -> T:
+    """The result of ``work``, which is cancelled if ``interruption`` comes first.
+
+    Raises:
+        PreemptedError: it did.
+    """
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(interruption)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise PreemptedError
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def every(period_s: float, action: Callable[[], Awaitable[object]], what: str) -> None:

@@ -16,10 +16,11 @@ LEASE_MS = 10_000
 """A claim lives this long after its last sign of life (EMIT or RENEW)."""
 MAX_DEATHS = 4
 """Lost leases after which a job is dead: with 3, random worker crashes alone lose innocent jobs (measured)."""
-RESULT_TTL_MS = 120_000
-"""Job record and token log are kept this long after the end."""
+REAP_S = 1.0
+"""Every worker and every API server reaps this often."""
 REAP_LIMIT = 32
 DEAD_CONNECTION_S = 5.0
+"""A blocking read that is late by so much will never return."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,6 @@ class Claim:
     fence: str
     attempt: int
     n: int
-    ms_left: int
     spec: bytes
 
 
@@ -91,7 +91,7 @@ class Queue:
                 self._redis, "claim", keys.model_keys(model).script_keys, (worker_id, free, LEASE_MS, nonce, *lanes)
             )
             if taken or not more:
-                return [Claim(i.decode(), f.decode(), attempt, n, left, spec) for i, f, attempt, n, left, spec in taken]
+                return [Claim(i.decode(), f.decode(), attempt, n, spec) for i, f, attempt, n, spec in taken]
 
     async def wait(self, model: str, timeout_s: float) -> None:
         """Blocks until a job may be there, at the most ``timeout_s`` seconds. Needs a blocking connection.
@@ -117,7 +117,7 @@ class Queue:
 
     async def cancel(self, model: str, job_id: str, reason: str) -> str:
         """Ends a job for its client at once; returns the state before, or ``none``."""
-        args = (job_id, reason, RESULT_TTL_MS, keys.WORKER_CHANNEL_PREFIX)
+        args = (job_id, reason, keys.WORKER_CHANNEL_PREFIX)
         before: bytes = await scripts.call(self._redis, "cancel", keys.model_keys(model).script_keys, args)
         return before.decode()
 
@@ -135,6 +135,5 @@ def finish_call(model: str, finish: Finish) -> scripts.Call:
         finish.state,
         finish.reason,
         finish.result.to_json(),
-        RESULT_TTL_MS,
     )
     return scripts.Call("finish", keys.model_keys(model).script_keys, args)

@@ -35,7 +35,6 @@ class Child:
     environment: Mapping[str, str]
     on_exit: Callable[["Child", int, float], None]
     process: asyncio.subprocess.Process | None = None
-    starts: int = 0
     stopping: bool = False
     _task: asyncio.Task[None] | None = field(default=None, repr=False)
 
@@ -103,7 +102,6 @@ class Child:
                 start_new_session=True,  # a Ctrl-C in the terminal is ours to pass on, in our order
                 preexec_fn=die_with_parent(os.getpid()),
             )
-        self.starts += 1
         try:
             return await self.process.wait()
         except asyncio.CancelledError:

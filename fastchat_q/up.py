@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TextIO
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from . import keys
 from .addresses import check_port_free, http_base
@@ -24,6 +23,7 @@ from .connection import connect
 from .credentials import KEY_FILE, load_or_create_api_key, write_api_key
 from .embedded import durability_findings, is_up, server_binary, server_command, server_version
 from .errors import ConfigurationError
+from .loops import AWAY
 from .registry import Registry
 from .settings import Settings
 from .supervisor import Child
@@ -98,7 +98,7 @@ class Up:
         if self._settings.redis_url is not None:
             try:
                 findings = await durability_findings(redis)
-            except (RedisError, OSError) as error:
+            except AWAY as error:
                 raise ConfigurationError(f"Redis at {self._url} cannot be reached: {error}") from error
             self._say(f"✔ redis         {self._url}")
             for finding in findings:
@@ -182,13 +182,13 @@ class Up:
     async def _worker_is_up(self, redis: "Redis", child: Child) -> bool:
         try:
             return any(worker.pid == child.pid for worker in await Registry(redis).workers())
-        except (RedisError, OSError):
+        except AWAY:
             return False
 
     async def _orchestrator_is_up(self, redis: "Redis", child: Child) -> bool:
         try:
             return child.pid is not None and await redis.exists(keys.ORCHESTRATOR_HEALTH) == 1
-        except (RedisError, OSError):
+        except AWAY:
             return False
 
     def _api_key(self) -> str:
@@ -250,7 +250,7 @@ async def end_orphan(redis: "Redis") -> None:
     while await is_up(redis):
         if time.monotonic() > deadline:
             raise ConfigurationError("An embedded Redis of an earlier run is still there and does not shut down.")
-        with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(*AWAY):
             await redis.shutdown()
         await asyncio.sleep(POLL_S)
 

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -75,18 +76,21 @@ def stack(folder: Path) -> Iterator[Stack]:
 @pytest.fixture(scope="module")
 def echo_stack() -> Iterator[Stack]:
     """A shared stack with an echo worker (model ``echo``, 64 slots, 5 ms a token); tests leave it running and idle."""
-    path = Path(tempfile.mkdtemp(prefix="fq"))
-    with running_stack(path) as running:
-        running.start_worker("--model", "echo", "--engine", "echo", "--token-delay-ms", "5")
+    with shared_stack("--model", "echo", "--engine", "echo", "--token-delay-ms", "5") as running:
         yield running
-    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def tiny_stack() -> Iterator[Stack]:
     """A shared stack with the built-in model, 64 slots; tests leave it running and idle."""
+    with shared_stack("--model", "tiny", "--slots", "64", "--threads", "1") as running:
+        yield running
+
+
+@contextmanager
+def shared_stack(*worker_flags: str) -> Iterator[Stack]:
     path = Path(tempfile.mkdtemp(prefix="fq"))
     with running_stack(path) as running:
-        running.start_worker("--model", "tiny", "--slots", "64", "--threads", "1")
+        running.start_worker(*worker_flags)
         yield running
     shutil.rmtree(path, ignore_errors=True)

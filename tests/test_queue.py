@@ -152,7 +152,7 @@ async def test_the_same_attempt_number_with_another_nonce_is_fenced_out(redis: "
     queue = Queue(redis)
     await enqueue(queue)
     [held] = await claim(queue)
-    twin = Claim(held.job_id, f"{held.attempt}-other", held.attempt, 0, held.ms_left, held.spec)
+    twin = Claim(held.job_id, f"{held.attempt}-other", held.attempt, 0, held.spec)
     assert await emit(redis, twin, 1, 7) is Status.LOST
 
 

@@ -128,6 +128,7 @@ def test_a_frozen_redis_turns_ready_red_at_once_and_streams_go_on_when_it_thaws(
     try:
         reply = get(stack.port, "/readyz")
         assert (reply.status, reply.json()["reason"]) == (503, "redis: no answer within 2 s")
+        assert get(stack.port, "/v1/models").error()["code"] == "queue_unavailable"
     finally:
         stack.server.process.send_signal(signal.SIGCONT)
     assert (text + "".join(pieces)).split() == WORDS[:200]

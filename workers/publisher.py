@@ -1,13 +1,15 @@
 """Sends an engine's outputs to the queue: one EMIT a window for all jobs, first tokens and ends at once."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
-from redis import exceptions
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
+from fastchat_q.connection import TRANSIENT
 from fastchat_q.events import Result
 from fastchat_q.loops import check_cancelled
 from fastchat_q.queue import Claim, Finish
@@ -18,7 +20,6 @@ log = structlog.get_logger()
 WINDOW_S = 0.02
 """Tokens of one job that come within this time share an event: at 50 events a second no reader sees a difference."""
 RETRY_S = 0.2
-TRANSIENT = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +109,9 @@ class Publisher:
                 self._idle.set()
 
     async def _wait_urgent(self, timeout_s: float) -> None:
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._urgent.wait()
-        except TimeoutError:
-            pass
 
     async def _deliver(self, batch: list[_Pending]) -> None:
         """Sends a batch until Redis took it: a repeated call finds its own tokens and adds none."""
@@ -126,7 +125,7 @@ class Publisher:
             except TRANSIENT as error:
                 log.warning("emit failed, trying again", jobs=len(batch), error=str(error))
                 await asyncio.sleep(RETRY_S)
-            except exceptions.RedisError:
+            except RedisError:
                 log.exception("emit refused", jobs=[p.claim.job_id for p in batch])
                 for p in batch:
                     self._lost(p.claim)

@@ -1,6 +1,7 @@
 """The worker: takes a slot, then claims, then generates, then finishes. One loop a duty; nothing calls a worker."""
 
 import asyncio
+import contextlib
 import secrets
 import threading
 import time
@@ -14,8 +15,8 @@ from fastchat_q import keys
 from fastchat_q.errors import FastchatQError, InvalidRequestError, JobFailedError
 from fastchat_q.events import Result
 from fastchat_q.jobs import Job
-from fastchat_q.loops import AWAY, every, listen
-from fastchat_q.queue import Claim, Queue
+from fastchat_q.loops import AWAY, PreemptedError, every, listen, unless
+from fastchat_q.queue import REAP_S, Claim, Queue
 from fastchat_q.registry import HEARTBEAT_S, Registration, Registry, process_id
 from fastchat_q.tokens import read
 
@@ -25,7 +26,6 @@ from .publisher import Outcome, Publisher
 log = structlog.get_logger()
 
 RENEW_S = 3.0
-REAP_S = 1.0
 IDLE_POLL_S = 1.0
 """How long an idle worker sleeps when no bell wakes it."""
 RETRY_S = 0.5
@@ -261,15 +261,8 @@ class Worker:
 
     async def _or_stopping(self, awaitable: Awaitable[object]) -> None:
         """Waits for ``awaitable`` or for the worker to stop, whichever comes first."""
-        tasks = [asyncio.ensure_future(awaitable), asyncio.ensure_future(self._stopping.wait())]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if tasks[0].done():
-                tasks[0].result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(PreemptedError):
+            await unless(self._stopping.wait(), awaitable)
 
 
 async def _forward(source: asyncio.Event, target: asyncio.Event) -> None:

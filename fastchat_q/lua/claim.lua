@@ -2,8 +2,7 @@
 -- XREADGROUP inside the script leaves no moment between «delivered» and «claimed».
 --
 -- ARGV: 1 worker id, 2 free slots, 3 lease in ms, 4 nonce, 5.. lanes in the order of service
--- returns {more, {id, fence, attempt, n, ms to the deadline, spec}...}; more = 1: only stale entries were seen within
---         the bound, call again
+-- returns {more, {id, fence, attempt, n, spec}...}; more = 1: only stale entries were seen within the bound, call again
 local READS = 64   -- bound on the reads of one call, however many cancelled entries lie ahead
 local worker, left, lease, nonce = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 allow_at_maxmemory()
@@ -14,7 +13,7 @@ local function take(id, lane, sid)
   if h[1] ~= 'queued' or h[2] ~= sid then return false end
   if tonumber(h[3]) <= t then
     redis.call('ZADD', WAIT[lane], -1, id)   -- it is delivered by now, so its entry may go
-    terminal(id, 'expired', 'deadline', '', 120000)
+    terminal(id, 'expired', 'deadline', '')
     return true
   end
   local attempt = redis.call('HINCRBY', JOB .. id, 'attempt', 1)
@@ -22,7 +21,7 @@ local function take(id, lane, sid)
   redis.call('HSET', JOB .. id, 'state', 'running', 'fence', fence, 'worker', worker, 'start_ms', t)
   redis.call('ZREM', WAIT[lane], id)
   redis.call('ZADD', LEASE, t + lease, id)
-  out[#out + 1] = {id, fence, attempt, tonumber(h[4]), tonumber(h[3]) - t, h[5]}
+  out[#out + 1] = {id, fence, attempt, tonumber(h[4]), h[5]}
   left = left - 1
   return true
 end

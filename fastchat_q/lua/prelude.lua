@@ -9,6 +9,8 @@ local WAIT = {hi = KEYS[8], lo = KEYS[9]}
 local GROUP = 'w'
 local HANDED_BACK = 2 ^ 42   -- subtracted from the place of a job that was claimed before: it sorts first, and below 0
 local MAX_BELLS = 64
+local ENDED_KEPT_MS = 120000      -- record and log of a job that has ended
+local DEAD_KEPT_MS = 604800000    -- those of a dead one: somebody will want to know why
 
 local function now()
   local t = redis.call('TIME')
@@ -35,7 +37,7 @@ local function unstream(lane, sid)
 end
 
 -- The one place where a job ends. `result` is JSON or ''. Publishes the only `end` event and clears the fence.
-local function terminal(id, state, reason, result, ttl_ms)
+local function terminal(id, state, reason, result)
   local job = JOB .. id
   local h = redis.call('HMGET', job, 'state', 'lane', 'sid', 'inbox', 'n')
   local was, lane, sid, inbox, n = h[1], h[2], h[3], h[4], h[5]
@@ -46,8 +48,9 @@ local function terminal(id, state, reason, result, ttl_ms)
   redis.call('ZREM', LIVE, id)
   redis.call('HSET', job, 'state', state, 'fence', '', 'reason', reason, 'result', result, 'done_ms', now())
   if state == 'succeeded' or state == 'cancelled' then redis.call('HDEL', job, 'spec') end
-  redis.call('PEXPIRE', job, ttl_ms)
-  redis.call('PEXPIRE', LOG .. id, ttl_ms)
+  local kept_ms = state == 'dead' and DEAD_KEPT_MS or ENDED_KEPT_MS
+  redis.call('PEXPIRE', job, kept_ms)
+  redis.call('PEXPIRE', LOG .. id, kept_ms)
   redis.call('PUBLISH', inbox, id .. ' ' .. n .. ' end {"state":' .. cjson.encode(state) .. ',"reason":'
     .. cjson.encode(reason) .. ',"result":' .. (result == '' and 'null' or result) .. '}')
 end

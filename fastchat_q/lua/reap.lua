@@ -13,7 +13,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', LEASE, '-inf', t, 'LIMIT', 0, li
   else
     local deaths = redis.call('HINCRBY', JOB .. id, 'deaths', 1)
     if deaths >= tonumber(h[2]) then
-      terminal(id, 'dead', 'lost its worker ' .. deaths .. ' times', '', 604800000)
+      terminal(id, 'dead', 'lost its worker ' .. deaths .. ' times', '')
       dead = dead + 1
     else
       hand_back(id)
@@ -23,7 +23,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', LEASE, '-inf', t, 'LIMIT', 0, li
 end
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', LIVE, '-inf', t, 'LIMIT', 0, limit)) do
   if redis.call('EXISTS', JOB .. id) == 1 then
-    terminal(id, 'expired', 'deadline', '', 120000)
+    terminal(id, 'expired', 'deadline', '')
     expired = expired + 1
   else
     redis.call('ZREM', LIVE, id)

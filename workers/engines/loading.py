@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from fastchat_q.choices import Device, Dtype
 from fastchat_q.errors import ConfigurationError
+from fastchat_q.models import BUILTIN
 
 log = structlog.get_logger()
 
-BUILTIN_DIRS = {"tiny": Path(__file__).parent / "tiny" / "model"}
+BUILTIN_DIRS = {name: Path(__file__).parent / name / "model" for name in BUILTIN}
 """Where the built-in models lie inside the package."""
 
 
