@@ -1,6 +1,7 @@
 """The address a server listens on: whether it may, and whether it can."""
 
 import ipaddress
+import re
 import socket
 
 from .errors import ConfigurationError
@@ -50,3 +51,8 @@ def check_port_free(host: str, port: int) -> None:
         raise ConfigurationError(
             f"Cannot listen on {host}:{port} ({error.strerror}). Choose another --port."
         ) from error
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown and logged."""
+    return re.sub(r"([?&]\w*password=)[^&]*", r"\1***", re.sub(r"(://[^:/@?]*):[^?]*@", r"\1:***@", url))

@@ -1,16 +1,15 @@
 """The command line. Every command imports what it runs when it runs: ``--help`` stays fast and needs no torch."""
 
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+import time
+from typing import Annotated
 
 import typer
 
-from . import __version__
+from . import __version__, cli_dead, cli_jobs, cli_keys, cli_queue
 from .choices import Device, Dtype, EngineName
+from .cli_common import EXIT_USAGE, RedisUrl, StateDir, load_settings
 from .errors import ConfigurationError
-
-EXIT_USAGE = 2
 
 app = typer.Typer(
     name="fastchat-q",
@@ -20,11 +19,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text: errors stay one line that can be searched for
 )
+app.add_typer(cli_keys.app)
+app.add_typer(cli_jobs.app)
+app.add_typer(cli_dead.app)
+app.add_typer(cli_queue.app)
 
-RedisUrl = Annotated[
-    str | None, typer.Option("--redis-url", help="redis://, rediss:// or unix://; default: the embedded server.")
-]
-StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Where data, key and logs are kept.")]
 Host = Annotated[str | None, typer.Option("--host", help="Address to listen on. [default: 127.0.0.1]")]
 Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="[default: 8000]")]
 NoAuth = Annotated[bool, typer.Option("--no-auth", help="Ask for no key; on loopback addresses only.")]
@@ -36,6 +35,10 @@ Slots = Annotated[int | None, typer.Option("--slots", min=1, help="Jobs at a tim
 OnDevice = Annotated[Device, typer.Option("--device", help="auto: the first accelerator, else the CPU.")]
 InDtype = Annotated[Dtype, typer.Option("--dtype", help="auto: the checkpoint's own.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of torch. [default: cores - 1]")]
+NoSupervise = Annotated[
+    bool, typer.Option("--no-supervise", help="Run the engine in this process; something else starts it again.")
+]
+WorkerId = Annotated[str | None, typer.Option("--id", hidden=True)]
 TokenDelay = Annotated[float, typer.Option("--token-delay-ms", min=0, help="Pace of the echo engine.")]
 
 
@@ -79,15 +82,11 @@ def up(
     from .models import served_name
     from .up import Up, UpOptions, hold_lock
 
-    settings = _settings(
+    settings = load_settings(
         host=host, port=port, state_dir=state_dir, redis_url=redis_url, auth=False if no_auth else None, drain_s=drain_s
     )
     check_exposure(settings)
-    arguments = ["--model", model, "--engine", engine, "--device", device, "--dtype", dtype]
-    arguments += ["--token-delay-ms", str(token_delay_ms), "--drain-s", str(settings.drain_s)]
-    for flag, value in (("--name", name), ("--slots", slots), ("--threads", threads)):
-        if value is not None:
-            arguments += [flag, str(value)]
+    arguments = _worker_arguments(model, name, engine, slots, device, dtype, threads, token_delay_ms, settings.drain_s)
     lock = hold_lock(settings.state_dir, http_base(settings.host, settings.port))
     with lock:
         asyncio.run(Up(settings, UpOptions(name or served_name(model), tuple(arguments))).run())
@@ -106,7 +105,7 @@ def serve(
     from . import logs
 
     logs.configure()
-    settings = _settings(
+    settings = load_settings(
         host=host, port=port, state_dir=state_dir, redis_url=redis_url, auth=False if no_auth else None, drain_s=drain_s
     )
     from .api.server import run
@@ -127,28 +126,38 @@ def worker(
     state_dir: StateDir = None,
     redis_url: RedisUrl = None,
     drain_s: DrainS = None,
+    no_supervise: NoSupervise = False,
+    worker_id: WorkerId = None,
 ) -> None:
-    """Run a worker for one model."""
+    """Run a worker for one model: an engine in a process of its own, and a supervisor for it."""
     from . import logs
+    from .models import served_name
 
     logs.configure()
-    settings = _settings(state_dir=state_dir, redis_url=redis_url, drain_s=drain_s)
-    from .workers.main import WorkerOptions, run
+    settings = load_settings(state_dir=state_dir, redis_url=redis_url, drain_s=drain_s)
+    url = settings.resolved_redis_url
+    if no_supervise:
+        from .workers import main
+        from .workers.worker import Limits
 
-    run(
-        WorkerOptions(
-            model=model,
-            name=name,
-            engine=engine,
-            slots=slots,
-            device=device,
-            dtype=dtype,
-            threads=threads,
-            token_delay_ms=token_delay_ms,
-            drain_s=settings.drain_s,
-            redis_url=settings.resolved_redis_url,
-        )
+        options = main.WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms)
+        limits = Limits(settings.drain_s, settings.stall_s, settings.batch_reserve, settings.tenant_headroom)
+        main.run(options, limits, url, worker_id)
+        return
+    from .registry import ModelCard
+    from .workers import parent
+
+    arguments = _worker_arguments(model, name, engine, slots, device, dtype, threads, token_delay_ms, settings.drain_s)
+    command = [sys.executable, "-m", "fastchat_q.cli", "worker", "--no-supervise", *arguments]
+    process = parent.EngineProcess(
+        command=lambda run_id: [*command, "--id", run_id],
+        environment={"FASTCHAT_Q_REDIS_URL": url},  # not on the command line: it may hold a password
+        card=ModelCard(name or served_name(model), engine, None, int(time.time()), device, dtype),
+        slots=slots or 0,
+        drain_s=settings.drain_s,
+        stall_s=settings.stall_s,
     )
+    parent.run(process, url)
 
 
 @app.command()
@@ -157,18 +166,26 @@ def orchestrator(state_dir: StateDir = None, redis_url: RedisUrl = None) -> None
     from . import logs
 
     logs.configure()
-    settings = _settings(state_dir=state_dir, redis_url=redis_url)
+    settings = load_settings(state_dir=state_dir, redis_url=redis_url)
     from .api.orchestrator import run
 
-    run(settings.resolved_redis_url)
+    run(settings.resolved_redis_url, settings.orchestrator_redis_url)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
 def redis(context: typer.Context, state_dir: StateDir = None, redis_url: RedisUrl = None) -> None:
-    """Open redis-cli (or a small prompt) on the queue's server; ARGS are a command."""
-    from . import prompt
+    """Open redis-cli (or a small prompt) on the queue's server; ARGS are a command.
 
-    settings = _settings(state_dir=state_dir, redis_url=redis_url)
+    ``redis acl [--role …]`` is ours: it prints an access rule for each role (redis acl --help). With a further word, as
+    in ``redis acl list``, it is Redis's own ACL command.
+    """
+    from . import cli_acl, prompt
+
+    if cli_acl.is_ours(context.args):
+        cli_acl.run(context.args[1:])
+    settings = load_settings(state_dir=state_dir, redis_url=redis_url)
     raise typer.Exit(prompt.run(settings.resolved_redis_url, context.args))
 
 
@@ -188,12 +205,23 @@ def main() -> None:
         raise SystemExit(EXIT_USAGE) from None
 
 
-def _settings(**flags: Any) -> Any:
-    from .settings import Settings, unknown_variables
-
-    for variable in unknown_variables():
-        print(f"fastchat-q: warning: {variable} is no setting of fastchat-q", file=sys.stderr)
-    return Settings(**{name: value for name, value in flags.items() if value is not None})
+def _worker_arguments(
+    model: str,
+    name: str | None,
+    engine: str,
+    slots: int | None,
+    device: str,
+    dtype: str,
+    threads: int | None,
+    token_delay_ms: float,
+    drain_s: float,
+) -> list[str]:
+    arguments = ["--model", model, "--engine", engine, "--device", device, "--dtype", dtype]
+    arguments += ["--token-delay-ms", str(token_delay_ms), "--drain-s", str(drain_s)]
+    for flag, value in (("--name", name), ("--slots", slots), ("--threads", threads)):
+        if value is not None:
+            arguments += [flag, str(value)]
+    return arguments
 
 
 if __name__ == "__main__":

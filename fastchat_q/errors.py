@@ -7,18 +7,28 @@
     │   ├── ContextLengthError           400 context_length_exceeded
     │   └── RequestTooLargeError         413 request_too_large
     ├── AuthenticationError              401 invalid_api_key
+    ├── PermissionDeniedError            403 insufficient_scope
+    │   └── ModelNotAllowedError         403 model_not_allowed
     ├── ModelNotFoundError               404 model_not_found
+    ├── IdempotencyConflictError         422 idempotency_key_reused
+    ├── RateLimitError                   429 rate_limit_exceeded   with Retry-After
     ├── QueueFullError                   429 queue_full            with Retry-After
+    ├── QueueDrainingError               503 queue_draining        with Retry-After
     ├── NoWorkerError                    503 no_worker             with Retry-After
     ├── QueueUnavailableError            503 queue_unavailable     with Retry-After
     ├── DeadlineError                    504 deadline_exceeded
     ├── JobFailedError                   500, or what the worker's error says
+    │   └── RetryableError               the worker's trouble, not the job's: tried again with backoff
+    ├── JobNotFoundError                 404 job_not_found
     └── ConfigurationError               never leaves the process: bad settings, stops a command with exit code 2
 
 The shape on the wire is OpenAI's: https://platform.openai.com/docs/guides/error-codes
 """
 
-from typing import Any, ClassVar
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 
 class FastchatQError(Exception):
@@ -27,7 +37,9 @@ class FastchatQError(Exception):
     status: int = 500
     type: str = "server_error"
     code: str | None = None
-    retry_after_s: ClassVar[int | None] = None
+    retry_after_s: int | None = None
+    headers: Mapping[str, str] = MappingProxyType({})
+    """Response headers that go with the error."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -72,6 +84,20 @@ class AuthenticationError(FastchatQError):
     code = "invalid_api_key"
 
 
+class PermissionDeniedError(FastchatQError):
+    """The key is good, but not for this."""
+
+    status = 403
+    type = "permission_denied"
+    code = "insufficient_scope"
+
+
+class ModelNotAllowedError(PermissionDeniedError):
+    """The model is not on the key's list."""
+
+    code = "model_not_allowed"
+
+
 class ModelNotFoundError(FastchatQError):
     """No worker ever served a model of that name."""
 
@@ -80,13 +106,63 @@ class ModelNotFoundError(FastchatQError):
     code = "model_not_found"
 
 
+class IdempotencyConflictError(FastchatQError):
+    """The idempotency key was used for another request."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "idempotency_key_reused"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This Idempotency-Key was used for another request. Send the same request again, or take a new key."
+        )
+
+
+class JobNotFoundError(FastchatQError):
+    """No such job, or not the caller's, or it ended long ago, or Redis lost it."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "job_not_found"
+
+    def __init__(self, public_id: str) -> None:
+        super().__init__(
+            f"There is no job {public_id!r}: it never was, it ended too long ago, or the queue has lost it.", param="id"
+        )
+
+
+class RateLimitError(FastchatQError):
+    """The key has used up its requests or tokens of the minute; nothing was queued."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: int, headers: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.retry_after_s, self.headers = retry_after_s, headers
+
+
 class QueueFullError(FastchatQError):
-    """The lane holds as many waiting jobs as it may."""
+    """The lane, or the tenant's share of it, holds as many waiting jobs as it may."""
 
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
-    retry_after_s = 5
+    max_retry_after_s = 600
+
+    def __init__(self, message: str, wait_s: float) -> None:
+        self.retry_after_s = min(max(math.ceil(wait_s), 1), self.max_retry_after_s)
+        super().__init__(f"{message} (in about {self.retry_after_s} s).")
+
+
+class QueueDrainingError(FastchatQError):
+    """An operator drains the queue."""
+
+    status = 503
+    code = "queue_draining"
+    retry_after_s = 30
 
 
 class NoWorkerError(FastchatQError):
@@ -127,6 +203,10 @@ class JobFailedError(FastchatQError):
     ) -> None:
         super().__init__(message, param=param)
         self.status, self.type, self.code = status, type, code
+
+
+class RetryableError(JobFailedError):
+    """The worker is in trouble (no memory left, a device reset), and the job is not to blame: another try may do."""
 
 
 class ConfigurationError(FastchatQError):

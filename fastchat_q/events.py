@@ -10,6 +10,7 @@ from typing import Any, Literal
 import orjson
 
 from .errors import DeadlineError, FastchatQError, InvalidRequestError, JobFailedError, QueueUnavailableError
+from .versions import known_fields
 
 TERMINAL_STATES = frozenset({"succeeded", "failed", "cancelled", "expired", "dead"})
 FinishReason = Literal["stop", "length"]
@@ -32,6 +33,19 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
 
+    @property
+    def total_tokens(self) -> int:
+        """Both together."""
+        return self.prompt_tokens + self.completion_tokens
+
+    def to_dict(self) -> dict[str, int]:
+        """OpenAI's ``usage`` object."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.total_tokens,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -50,7 +64,7 @@ class Result:
     def from_dict(cls, raw: dict[str, Any]) -> "Result":
         """The inverse of `to_json`, from the decoded object."""
         usage = raw.get("usage")
-        return cls(raw.get("finish_reason"), Usage(**usage) if usage else None, raw.get("error"))
+        return cls(raw.get("finish_reason"), Usage(**known_fields(Usage, usage)) if usage else None, raw.get("error"))
 
     @classmethod
     def from_error(cls, error: FastchatQError) -> "Result":
@@ -110,5 +124,8 @@ def parse_line(line: bytes) -> tuple[str, Event]:
         ValueError: not such a line.
     """
     job_id, n, k, body = line.split(b" ", 3)
-    event = decode_end(int(n), body) if k == b"end" else decode_delta(int(n), int(k), body)
+    try:
+        event = decode_end(int(n), body) if k == b"end" else decode_delta(int(n), int(k), body)
+    except (AttributeError, KeyError, TypeError) as error:  # JSON, but of another shape
+        raise ValueError(f"not an event: {error!r}") from error
     return job_id.decode(), event

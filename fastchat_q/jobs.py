@@ -1,10 +1,15 @@
 """The job: what the API hands to a worker. Frozen, with its JSON codec beside it; it knows no HTTP and no Redis."""
 
+import math
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import InvalidRequestError
+
+CHARACTERS_PER_TOKEN = 4
+ASSUMED_TOKENS = 256
+"""What an answer is taken to have when its length is not limited."""
 
 Lane = Literal["hi", "lo"]
 Role = Literal["system", "user", "assistant"]
@@ -45,6 +50,12 @@ class Job(_Frozen):
     lane: Lane = "hi"
     messages: tuple[Message, ...] = Field(min_length=1)
     sampling: Sampling = Sampling()
+
+    @property
+    def cost(self) -> int:
+        """What it may cost, in tokens, for fair queueing and limits; corrected by what it really used."""
+        characters = sum(len(message.content) for message in self.messages)
+        return max(math.ceil(characters / CHARACTERS_PER_TOKEN), 1) + (self.sampling.max_tokens or ASSUMED_TOKENS)
 
     def to_spec(self) -> str:
         """JSON for the job record, without default values."""

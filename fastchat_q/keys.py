@@ -7,13 +7,21 @@ All keys of one model queue share the hash tag ``{slug}``, so that a script touc
 import hashlib
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 GROUP = "w"
 """The consumer group of every lane stream."""
 
 LANES = ("hi", "lo")
-"""Priority lanes, first served first: ``hi`` interactive, ``lo`` batch."""
+"""The lanes that clients choose, first served first: ``hi`` interactive, ``lo`` batch."""
+
+QUARANTINE = "sus"
+"""The lane of jobs that lost two workers: each runs alone."""
+
+ALL_LANES = (*LANES, QUARANTINE)
+
+MAX_BELLS = 64
+"""Wake-up tokens that a bell holds at the most; the same number stands in ``lua/transitions.lua``."""
 
 
 def slug(model: str) -> str:
@@ -24,7 +32,7 @@ def slug(model: str) -> str:
     return f"{readable[:39]}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelKeys:
     """The keys of one model's queue. Build it with `model_keys`."""
 
@@ -38,23 +46,15 @@ class ModelKeys:
         """Stream: the token log, ids ``0-<n>`` where n counts the tokens so far. Lives as long as the job."""
         return f"{self.prefix}t:{job_id}"
 
-    def stream(self, lane: str) -> str:
-        """Stream with group `GROUP`: the delivery index, entries ``{j: <id>}``; deleted when the job ends."""
-        return f"{self.prefix}s:{lane}"
-
-    def waiting(self, lane: str) -> str:
-        """Zset: id -> place in the queue (milliseconds; negative for a job that was handed back). Queued jobs only."""
-        return f"{self.prefix}wait:{lane}"
-
-    @property
-    def live(self) -> str:
-        """Zset: id -> deadline in ms. Every job that has not ended."""
-        return f"{self.prefix}live"
-
     @property
     def lease(self) -> str:
         """Zset: id -> lease expiry in ms. Every running job."""
         return f"{self.prefix}lease"
+
+    @property
+    def live(self) -> str:
+        """Zset: id -> its next clock in ms (until when it must be started, then its deadline). Every job not ended."""
+        return f"{self.prefix}live"
 
     @property
     def bell(self) -> str:
@@ -62,16 +62,97 @@ class ModelKeys:
         return f"{self.prefix}bell"
 
     @property
+    def delay(self) -> str:
+        """Zset: id -> when it may be tried again, in ms. Jobs between two tries."""
+        return f"{self.prefix}delay"
+
+    @property
+    def dead(self) -> str:
+        """Stream of some 10,000 entries ``{j: <id>, reason}`` at the most: the dead letters. Their jobs live 7 days."""
+        return f"{self.prefix}dead"
+
+    @property
+    def stat(self) -> str:
+        """Hash: how many jobs ended in each state, ``service_ms`` (measured mean of a job), RECONCILE's cursor."""
+        return f"{self.prefix}stat"
+
+    @property
+    def queued(self) -> str:
+        """Hash: tenant -> its jobs that wait (in line, parked or delayed)."""
+        return f"{self.prefix}queued"
+
+    @property
+    def running(self) -> str:
+        """Hash: tenant -> its jobs that run."""
+        return f"{self.prefix}running"
+
+    @property
+    def mode(self) -> str:
+        """String: ``paused`` (nothing is claimed) or ``draining`` (nothing is accepted); absent: neither. No TTL."""
+        return f"{self.prefix}mode"
+
+    @property
+    def ward(self) -> str:
+        """String: the worker that runs suspects alone, and whether it has begun. TTL 15 s."""
+        return f"{self.prefix}ward"
+
+    def parked(self, tenant: str) -> str:
+        """Zset: id -> place. Jobs of a tenant that runs as many as it may; gone when it runs fewer."""
+        return f"{self.prefix}parked:{tenant}"
+
+    def idempotency(self, suffix: str) -> str:
+        """String: ``<id> <digest of request>`` for ``<tenant>:<digest of the key>``. Lives as long as its job."""
+        return f"{self.prefix}idem:{suffix}"
+
+    def stream(self, lane: str) -> str:
+        """Stream with group `GROUP`: one undelivered entry for each job in line, one pending for each that runs."""
+        return f"{self.prefix}s:{lane}"
+
+    def waiting(self, lane: str) -> str:
+        """Zset: the line. id -> place (fair-queueing tag; negative for a job that was claimed before)."""
+        return f"{self.prefix}wait:{lane}"
+
+    def tags(self, lane: str) -> str:
+        """Hash: the accounts of fair queueing: ``V`` and ``F:<tenant>``. Starts anew when nothing waits."""
+        return f"{self.prefix}tags:{lane}"
+
+    @property
+    def away(self) -> str:
+        """Zset: tenant -> until when it is expected back, in ms. Tenants that have nothing in line, and had lately."""
+        return f"{self.prefix}away"
+
+    @property
+    def token_keys(self) -> tuple[str, ...]:
+        """KEYS of the scripts on the token path, in the order of ``lua/prelude.lua``."""
+        return (self.job(""), self.log(""), self.lease)
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """The keys that tell how a queue is doing, and none that holds a prompt or an answer."""
+        lanes = [name(lane) for name in (self.stream, self.waiting) for lane in ALL_LANES]
+        sets = (self.live, self.lease, self.delay, self.parked("*"), self.bell)
+        return (*lanes, *sets, self.dead, self.stat, self.queued, self.running, self.mode, self.ward)
+
+    @cached_property
     def script_keys(self) -> tuple[str, ...]:
-        """KEYS of every Lua script, in the order that ``lua/prelude.lua`` names them."""
+        """KEYS of all other scripts, in the order of ``lua/prelude.lua`` and ``lua/transitions.lua``."""
         return (
-            self.job(""),
-            self.log(""),
+            *self.token_keys,
             self.live,
-            self.lease,
             self.bell,
-            *(self.stream(lane) for lane in LANES),
-            *(self.waiting(lane) for lane in LANES),
+            self.delay,
+            self.dead,
+            self.stat,
+            self.queued,
+            self.running,
+            self.mode,
+            self.ward,
+            self.parked(""),
+            self.idempotency(""),
+            *(self.stream(lane) for lane in ALL_LANES),
+            *(self.waiting(lane) for lane in ALL_LANES),
+            *(self.tags(lane) for lane in ALL_LANES),
+            self.away,
         )
 
 
@@ -81,9 +162,21 @@ def model_keys(model: str) -> ModelKeys:
     return ModelKeys(f"fq:{{{slug(model)}}}:")
 
 
+EVERY_MODEL = ModelKeys("fq:{*}:")
+"""Glob patterns over the keys of all models, for access rules."""
+
+
 def public_job_id(model: str, job_id: str) -> str:
     """``<slug>.<ulid>``: the id that leaves the house, so that any API server can route by it."""
     return f"{slug(model)}.{job_id}"
+
+
+def parse_public_job_id(public_id: str) -> tuple[str, str] | None:
+    """The inverse of `public_job_id`: (slug, id), or None if it cannot be one. A slug is its own slug."""
+    name, _, job_id = public_id.rpartition(".")
+    if re.fullmatch(r"[0-9A-HJKMNP-TV-Z]{26}", job_id) and re.fullmatch(r"[a-z0-9._-]{1,48}", name):
+        return name, job_id
+    return None
 
 
 def worker(worker_id: str) -> str:
@@ -96,6 +189,11 @@ WORKERS = "fq:workers"
 
 MODELS = "fq:models"
 """Zset: model name -> last seen in ms. Tells «no worker now» from «never heard of it»; forgotten after 24 h."""
+
+
+def idempotent_model(tenant: str, digest: str) -> str:
+    """String: the slug of the model that an idempotency key was used for. As long as its job can be kept."""
+    return f"fq:idem:{tenant}:{digest}"
 
 
 def api_server(api_id: str) -> str:
@@ -121,3 +219,23 @@ ORCHESTRATOR_QUEUE = "fq:arq"
 
 ORCHESTRATOR_HEALTH = "fq:orchestrator"
 """String: arq's health line, renewed every few seconds, with a TTL."""
+
+ORCHESTRATOR_JOBS = "arq:"
+"""Prefix that arq itself gives its bookkeeping of those functions. Strings, for minutes."""
+
+
+def api_key(digest: str) -> str:
+    """Hash: the record of an API key, under the HMAC of the key. Until it is revoked."""
+    return f"fq:key:{digest}"
+
+
+API_KEYS = "fq:keys"
+"""Hash: key id -> digest. Index over `api_key`."""
+
+PEPPER = "fq:pepper"
+"""String: fingerprint of the pepper that the digests are made with, so that two different ones are noticed."""
+
+
+def rate_limit(key_id: str) -> str:
+    """Hash: the two buckets of an API key. TTL: until both are full again, at the most about a minute."""
+    return f"fq:rl:{{{key_id}}}"

@@ -1,12 +1,14 @@
 """What the loops of processes are made of: do a thing every so often, listen for ever, wait unless interrupted."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 import structlog
 from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
 log = structlog.get_logger()
@@ -15,6 +17,8 @@ T = TypeVar("T")
 AWAY = (RedisError, OSError)
 """What a Redis call raises while the server is away or restarts."""
 RECONNECT_S = 0.2
+PULSE_S = 3.0
+"""A subscription must answer a ping within this time."""
 
 
 def check_cancelled() -> None:
@@ -78,10 +82,13 @@ async def listen(redis: "Redis", channel: str) -> AsyncIterator[bytes | None]:
     """
     while True:
         pubsub = redis.pubsub()
+        pulse = _Pulse(pubsub)
         try:
             await pubsub.subscribe(channel)
+            pulse.start()
             while True:
                 message = await pubsub.get_message(timeout=None)
+                pulse.beat()
                 check_cancelled()
                 if message is None:
                     continue
@@ -94,4 +101,42 @@ async def listen(redis: "Redis", channel: str) -> AsyncIterator[bytes | None]:
             log.warning("subscription lost", channel=channel, error=str(error))
             await asyncio.sleep(RECONNECT_S)
         finally:
+            await pulse.stop()
             await pubsub.aclose()  # type: ignore[no-untyped-call]
+
+
+class _Pulse:
+    """Notices a subscription that is half-open: it is asked for a sign of life, and cut off if none comes.
+
+    A reader of its own timeout would cost each message a timer; this costs a ping every few seconds.
+    """
+
+    def __init__(self, pubsub: PubSub) -> None:
+        self._pubsub = pubsub
+        self._beats = self._seen = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """From now on silence is noticed."""
+        self._task = asyncio.create_task(self._watch())
+
+    def beat(self) -> None:
+        """Something came."""
+        self._beats += 1
+
+    async def stop(self) -> None:
+        """Ends the watch."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        while True:
+            self._seen = self._beats
+            with contextlib.suppress(*AWAY):  # the reader finds out by itself
+                await self._pubsub.ping()
+            await asyncio.sleep(PULSE_S)
+            connection = self._pubsub.connection
+            if self._beats == self._seen and connection is not None:
+                log.warning("subscription is silent, cutting it off", seconds=PULSE_S)
+                await connection.disconnect(nowait=True)

@@ -11,12 +11,17 @@ from urllib.parse import unquote, urlsplit
 import redis
 from redis.exceptions import RedisError
 
+from . import sentinel
+from .addresses import without_password
+
 CLIENTS = ("valkey-cli", "redis-cli")
 ENDLESS = ("subscribe", "psubscribe", "ssubscribe", "monitor")
 
 
 def run(url: str, arguments: list[str]) -> int:
     """Runs one command, or a prompt when there are no arguments; returns the exit code."""
+    if url.startswith(sentinel.SCHEME):
+        url = sentinel.master_url(url)
     client = next((path for path in map(shutil.which, CLIENTS) if path), None)
     if client is not None:
         command = [client, *connection_arguments(url), *arguments]
@@ -89,7 +94,9 @@ def format_reply(reply: Any, indent: str = "") -> str:
 def _loop(connection: "redis.Redis", url: str) -> int:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  history and line editing for input()
-    print(f"No valkey-cli or redis-cli on the PATH: a small prompt on {url}. Type a command, or exit.")
+    print(
+        f"No valkey-cli or redis-cli on the PATH: a small prompt on {without_password(url)}. Type a command, or exit."
+    )
     while True:
         try:
             words = shlex.split(input("redis> "))

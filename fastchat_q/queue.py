@@ -1,26 +1,89 @@
 """The job queue of all models: one method per transition, each one script call. It decides nothing; the scripts do."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from enum import IntEnum
+from typing import Any, Literal
 
 from redis.asyncio import Redis
 
 from . import keys, scripts
-from .errors import QueueFullError
+from .errors import IdempotencyConflictError, QueueDrainingError, QueueFullError
 from .events import Result
 from .jobs import Job
 
 LEASE_MS = 10_000
 """A claim lives this long after its last sign of life (EMIT or RENEW)."""
+WARD_MS = 15_000
+"""A worker that waits to run a suspect alone says so this often at the least."""
 MAX_DEATHS = 4
-"""Lost leases after which a job is dead: with 3, random worker crashes alone lose innocent jobs (measured)."""
+"""Lost workers after which a job is dead: with 3, random worker crashes alone lose innocent jobs (measured)."""
+KEEP_S = 120.0
+"""How long a job is kept after its end, unless its client is expected to come back for it."""
+MAX_RETRIES = 3
+"""Tries that a worker may ask to repeat."""
 REAP_S = 1.0
 """Every worker and every API server reaps this often."""
 REAP_LIMIT = 32
+RECONCILE_S = 5.0
+"""Every worker and every API server looks at one slice of the jobs this often."""
+RECONCILE_SLICE = 256
+UNMEASURED_S = 5.0
+"""What a wait is taken to be while no job has been measured."""
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
+"""Bounds on a tenant's share: tags stay far from where floats lose whole numbers."""
 DEAD_CONNECTION_S = 5.0
 """A blocking read that is late by so much will never return."""
+
+
+LogEntry = tuple[int, int, bytes]
+"""An entry of a token log: the count that it brings the job to, its tokens, and their payload."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How the queue is to treat a job: who it is for, what it may cost, how long it may take. Times in seconds."""
+
+    inbox: str = ""
+    """Channel that gets the job's events; empty: none."""
+    tenant: str = "default"
+    weight: float = 1.0
+    """Share of this tenant among those that compete."""
+    max_waiting: int = 2048
+    """Bound on the lane's waiting jobs."""
+    max_queued: int = 0
+    """Bound on the tenant's waiting jobs of this model; 0: none."""
+    max_parallel: int = 0
+    """How many of the tenant's jobs of this model run at a time; 0: any number."""
+    queue_deadline_s: float = 600.0
+    """It must be started by then."""
+    deadline_s: float = 3600.0
+    """It must be done by then."""
+    keep_s: float = KEEP_S
+    """How long record and tokens are kept after the end."""
+    detached: bool = False
+    """It goes on with nobody listening."""
+    view: str = ""
+    """JSON for whoever reads the job later."""
+    idempotency: tuple[str, str] | None = None
+    """Digests of the client's key and of its request."""
+    slots: int = 0
+    """Slots that serve the model now; 0: unknown."""
+
+    def __post_init__(self) -> None:
+        if not MIN_WEIGHT <= self.weight <= MAX_WEIGHT:  # a tag of infinity would end fairness for all
+            raise ValueError(f"weight {self.weight!r}: expected {MIN_WEIGHT:g} to {MAX_WEIGHT:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What became of a request to enqueue."""
+
+    job_id: str
+    """The job's id; that of an earlier job if the idempotency key was seen before."""
+    place: int
+    """Place in the line, from 1; 0 for a job that was there already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +94,30 @@ class Claim:
     fence: str
     attempt: int
     n: int
+    lane: str
     spec: bytes
+    retries: int = 0
+    """Tries that a worker asked to repeat."""
+
+
+class Advice(IntEnum):
+    """What CLAIM says beside the jobs."""
+
+    NONE = 0
+    AGAIN = 1
+    PAUSED = 2
+    EMPTY_FIRST = 3
+    """A suspect waits for this worker: it is to claim nothing else until all that it runs has ended."""
+    KEPT = 4
+    """Jobs wait, but the slots that are free are kept for other tenants: claim again when another one is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The answer to a CLAIM."""
+
+    claims: list[Claim]
+    advice: Advice
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +126,11 @@ class Finish:
 
     claim: Claim
     n: int
-    state: Literal["succeeded", "failed"]
+    state: Literal["succeeded", "failed", "retry"]
     reason: str
     result: Result
+    backoff_s: float = 0.0
+    """Until the next try, if that is what it asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,40 +146,79 @@ class Queue:
     """Submits, claims and ends jobs. Raises ``redis.RedisError`` when the server is away."""
 
     def __init__(self, redis: "Redis") -> None:
+        scripts.read_all()
         self._redis = redis
 
-    async def enqueue(self, job: Job, *, inbox: str, deadline_s: float, max_waiting: int) -> int:
+    async def enqueue(self, job: Job, terms: Terms, had: Sequence[LogEntry] = ()) -> Accepted:
         """Accepts a job: durable when this returns. Safe to call again with the same job.
 
         Args:
-            inbox: channel that gets the job's events.
-            deadline_s: seconds from now until the job expires, waiting or running.
-            max_waiting: bound on the lane's waiting jobs.
-
-        Returns:
-            The place in the lane, from 1; 0 for a job that was there already.
+            had: of a job that Redis lost, what its client has of the log.
 
         Raises:
-            QueueFullError: the lane is full; nothing was stored.
+            QueueFullError: the lane or the tenant's share of it is full; nothing was stored.
+            QueueDrainingError: the queue takes nothing at the moment; nothing was stored.
+            IdempotencyConflictError: the idempotency key belongs to another request.
         """
-        args = (job.id, job.lane, inbox, job.to_spec(), max_waiting, round(deadline_s * 1000), MAX_DEATHS)
-        verdict, detail = await scripts.call(self._redis, "enqueue", keys.model_keys(job.model).script_keys, args)
-        if verdict == b"full":
-            raise QueueFullError(
-                f"The queue of model {job.model!r} is full: {detail} jobs wait, the limit is {max_waiting}. Retry later"
-            )
-        return int(detail) if verdict == b"new" else 0
+        key_digest, body_digest = terms.idempotency or ("", "")
+        if key_digest:
+            await self._check_model(job, terms, key_digest)
+        args: tuple[scripts.Arg, ...] = (
+            job.id,
+            job.lane,
+            ("* " if terms.detached else "") + terms.inbox,
+            job.to_spec(),
+            terms.max_waiting,
+            _ms(terms.queue_deadline_s),
+            _ms(terms.deadline_s),
+            MAX_DEATHS,
+            terms.tenant,
+            str(terms.weight),
+            job.cost,
+            terms.max_queued,
+            terms.max_parallel,
+            _ms(terms.keep_s),
+            terms.view,
+            f"{terms.tenant}:{key_digest}" if key_digest else "",
+            body_digest,
+            terms.slots,
+            *(part for entry in had for part in entry),
+        )
+        verdict, *details = await self._call("enqueue", job.model, args)
+        if verdict == b"new":
+            return Accepted(job.id, details[0])
+        if verdict == b"dup":
+            return Accepted(details[0].decode(), 0)
+        if verdict == b"conflict":
+            raise IdempotencyConflictError
+        if verdict == b"draining":
+            raise QueueDrainingError(f"The queue of model {job.model!r} is being drained and takes nothing new.")
+        raise _full(job, terms, *details)
 
     async def claim(
-        self, model: str, worker_id: str, *, free: int, nonce: str, lanes: Sequence[str] = keys.LANES
-    ) -> list[Claim]:
-        """Takes up to ``free`` jobs, in the order of ``lanes``. May return none."""
+        self,
+        model: str,
+        worker_id: str,
+        *,
+        running: int,
+        lanes: Sequence[tuple[str, int]],
+        nonce: str,
+        headroom: int = 0,
+    ) -> Taken:
+        """Takes jobs: for each lane, in the order of service, as many as stand beside it, and no more than the largest.
+
+        Args:
+            running: jobs that the worker runs already.
+            headroom: so many of its slots are kept from tenants that run more than their share, while others that came
+                lately have nothing in line.
+        """
+        args: list[scripts.Arg] = [worker_id, running, LEASE_MS, nonce, WARD_MS, headroom]
+        for lane, limit in lanes:
+            args += (lane, limit)
         while True:
-            more, *taken = await scripts.call(
-                self._redis, "claim", keys.model_keys(model).script_keys, (worker_id, free, LEASE_MS, nonce, *lanes)
-            )
-            if taken or not more:
-                return [Claim(i.decode(), f.decode(), attempt, n, spec) for i, f, attempt, n, spec in taken]
+            code, *taken = await self._call("claim", model, args)
+            if taken or code != Advice.AGAIN:
+                return Taken([_claim(*fields) for fields in taken], Advice(code))
 
     async def wait(self, model: str, timeout_s: float) -> None:
         """Blocks until a job may be there, at the most ``timeout_s`` seconds. Needs a blocking connection.
@@ -107,27 +234,84 @@ class Queue:
         args: list[scripts.Arg] = [LEASE_MS]
         for claim in claims:
             args += (claim.job_id, claim.fence)
-        alive = await scripts.call(self._redis, "renew", keys.model_keys(model).script_keys, args)
+        alive = await scripts.call(self._redis, "renew", keys.model_keys(model).token_keys, args)
         return [claim for claim, ok in zip(claims, alive, strict=True) if not ok]
 
     async def release(self, model: str, claims: Sequence[Claim]) -> None:
         """Gives claims back to the head of their lane, with their tokens."""
-        model_keys = keys.model_keys(model).script_keys
-        await scripts.call_many(self._redis, [scripts.Call("release", model_keys, (c.job_id, c.fence)) for c in claims])
+        names = keys.model_keys(model).script_keys
+        await scripts.call_many(self._redis, [scripts.Call("release", names, (c.job_id, c.fence)) for c in claims])
 
-    async def cancel(self, model: str, job_id: str, reason: str) -> str:
-        """Ends a job for its client at once; returns the state before, or ``none``."""
-        args = (job_id, reason, keys.WORKER_CHANNEL_PREFIX)
-        before: bytes = await scripts.call(self._redis, "cancel", keys.model_keys(model).script_keys, args)
+    async def disown(
+        self, model: str, worker_id: str, reason: str, *, crashed: bool, known: Iterable[str] = ()
+    ) -> tuple[int, int]:
+        """Hands back what a worker is said to run and does not.
+
+        Args:
+            crashed: its process is gone: each of its jobs has lost a worker. Else: the reply to its CLAIM was lost.
+            known: ids of jobs that it does run.
+
+        Returns:
+            How many jobs were handed back, and how many are dead now.
+        """
+        back, dead = await self._call("disown", model, (worker_id, int(crashed), reason, *known))
+        return back, dead
+
+    async def cancel(self, model: str, job_id: str, reason: str, *, leaving: str = "", fence: str = "") -> str:
+        """Ends a job for its client at once; returns the state before, or ``none``.
+
+        Args:
+            leaving: an inbox that is given up; then the job is cancelled only if nobody else listens or is to.
+            fence: of a claim that finds its job abandoned; then it is cancelled only if nobody listens at this moment,
+                and the state is returned as ``heard`` or ``lost`` if it is not.
+        """
+        args = (job_id, reason, keys.WORKER_CHANNEL_PREFIX, leaving, fence)
+        before: bytes = await self._call("cancel", model, args)
         return before.decode()
+
+    async def attach(self, model: str, job_id: str, inbox: str, tenant: str | None = None) -> bytes | None:
+        """From now on the job's events go to ``inbox`` too, if it has not ended.
+
+        Args:
+            tenant: whose job it must be; None: anybody's.
+
+        Returns:
+            The job's `Terms.view`; None if there is no such job.
+        """
+        view: bytes | None = await self._call("attach", model, (job_id, inbox, tenant or ""))
+        return view
+
+    async def restore(self, model: str, job_id: str, have: int, lost: Sequence[LogEntry]) -> int:
+        """Puts entries back behind token ``have`` that a failover lost and a client has; see ``lua/restore.lua``."""
+        done: int = await self._call("restore", model, (job_id, have, *(part for entry in lost for part in entry)))
+        return done
 
     async def reap(self, model: str) -> Reaped:
         """Hands back jobs of dead workers and expires late ones; bounded, and safe from anywhere at any time."""
-        return Reaped(*await scripts.call(self._redis, "reap", keys.model_keys(model).script_keys, (REAP_LIMIT,)))
+        return Reaped(*await self._call("reap", model, (REAP_LIMIT,)))
+
+    async def reconcile(self, model: str, jobs: int = RECONCILE_SLICE) -> int:
+        """Makes lines, leases and entries agree with the next ``jobs`` records; returns how many things it mended."""
+        mended: int = await self._call("reconcile", model, (jobs, LEASE_MS))
+        return mended
+
+    async def _check_model(self, job: Job, terms: Terms, key_digest: str) -> None:
+        """Scripts see one model's keys: that a client's key is not used for another model is asked apart from them."""
+        name, mine = keys.idempotent_model(terms.tenant, key_digest), keys.slug(job.model)
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.set(name, mine, nx=True, px=_ms(terms.deadline_s + terms.keep_s))
+        pipe.get(name)
+        _, used_for = await pipe.execute()
+        if used_for is not None and used_for.decode() != mine:
+            raise IdempotencyConflictError
+
+    async def _call(self, name: str, model: str, args: Sequence[scripts.Arg]) -> Any:
+        return await scripts.call(self._redis, name, keys.model_keys(model).script_keys, args)
 
 
 def finish_call(model: str, finish: Finish) -> scripts.Call:
     """The FINISH of one claim, to be sent behind the EMIT of its last tokens, in the same round trip."""
+    usage = finish.result.usage
     args = (
         finish.claim.job_id,
         finish.claim.fence,
@@ -135,5 +319,41 @@ def finish_call(model: str, finish: Finish) -> scripts.Call:
         finish.state,
         finish.reason,
         finish.result.to_json(),
+        usage.total_tokens if usage else 0,
+        _ms(finish.backoff_s),
+        MAX_RETRIES,
     )
     return scripts.Call("finish", keys.model_keys(model).script_keys, args)
+
+
+def estimate_s(jobs: int, service_ms: float, slots: int) -> float:
+    """Seconds until ``slots`` slots have served ``jobs`` jobs of the measured mean duration."""
+    return jobs * service_ms / 1000 / max(slots, 1)
+
+
+def _full(job: Job, terms: Terms, what: bytes, waiting: int, service_ms: int) -> QueueFullError:
+    wait_s = estimate_s(waiting, service_ms, terms.slots) if service_ms else UNMEASURED_S
+    if what == b"time":
+        message = (
+            f"The queue of model {job.model!r} is too long: {waiting} jobs wait, for about {wait_s:.0f} s, and "
+            f"this one must start within {terms.queue_deadline_s:g} s. Retry later"
+        )
+    elif what == b"tenant":
+        message = (
+            f"You have {waiting} jobs waiting for model {job.model!r}, the limit is {terms.max_queued}. "
+            "Retry when some are done"
+        )
+    else:
+        message = (
+            f"The queue of model {job.model!r} is full: {waiting} jobs wait, the limit is {terms.max_waiting}. "
+            "Retry later"
+        )
+    return QueueFullError(message, wait_s)
+
+
+def _claim(job_id: bytes, fence: bytes, attempt: int, n: int, lane: bytes, retries: int, spec: bytes) -> Claim:
+    return Claim(job_id.decode(), fence.decode(), attempt, n, lane.decode(), spec, retries)
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)

@@ -5,18 +5,22 @@ import socket
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import orjson
 from redis.asyncio import Redis
 from ulid import ULID
 
 from . import __version__, keys
+from .versions import known_fields
 
 HEARTBEAT_S = 3.0
 REGISTRATION_TTL_S = 15
 FORGET_MODEL_S = 24 * 3600
 FORGET_WORKER_S = 3600
+
+State = Literal["loading", "serving", "draining", "crashed"]
+"""``crashed``: it waits until it is started again."""
 
 
 def process_id(kind: str) -> str:
@@ -45,51 +49,81 @@ class Registration:
     worker_id: str
     card: ModelCard
     slots: int
+    """Jobs that it takes at a time now; fewer than it was started with after its device ran out of memory."""
     running: int
-    state: Literal["serving", "draining"]
+    state: State
     host: str
     pid: int
     version: str
     started: int
-    """Unix seconds."""
+    """Unix seconds by the worker's own clock: for people, and for which card speaks for a model."""
+    supervisor: int = 0
+    """Pid of the process that starts it again when it ends; 0: none."""
+    restarts: int = 0
+    """How often that has happened."""
+    reason: str = ""
+    """Why it ended the last time."""
 
     @classmethod
-    def of_this_process(cls, worker_id: str, card: ModelCard, slots: int) -> "Registration":
+    def of_this_process(cls, worker_id: str, card: ModelCard, slots: int, supervisor: int = 0) -> "Registration":
         """The entry of a worker that starts serving now."""
         return cls(
-            worker_id, card, slots, 0, "serving", socket.gethostname(), os.getpid(), __version__, int(time.time())
+            worker_id,
+            card,
+            slots,
+            0,
+            "serving",
+            socket.gethostname(),
+            os.getpid(),
+            __version__,
+            int(time.time()),
+            supervisor,
         )
 
-    def at(self, running: int, draining: bool) -> "Registration":
+    @property
+    def serves(self) -> bool:
+        """Whether its model is loaded and its process there."""
+        return self.state in ("serving", "draining")
+
+    def at(self, running: int, slots: int, draining: bool) -> "Registration":
         """The same worker, at another moment."""
-        return replace(self, running=running, state="draining" if draining else "serving")
+        return replace(self, running=running, slots=slots, state="draining" if draining else "serving")
 
 
 class Registry:
-    """Reads and writes registrations. Raises ``redis.RedisError`` when the server is away."""
+    """Reads and writes registrations. Raises ``redis.RedisError`` when the server is away.
+
+    Lifetimes are TTLs and times of the server's clock, so that the clocks of hosts need not agree.
+    """
 
     def __init__(self, redis: "Redis") -> None:
         self._redis = redis
 
     async def announce(self, registration: Registration) -> None:
-        """One heartbeat of a worker: one round trip."""
+        """One heartbeat of a worker: two round trips, for what is compared between hosts is Redis' time alone."""
         fields = {**asdict(registration), "card": orjson.dumps(registration.card)}
-        key, now = keys.worker(registration.worker_id), time.time()
+        key, (now, _) = keys.worker(registration.worker_id), await self._redis.time()
         pipe = self._redis.pipeline(transaction=False)
         pipe.hset(key, mapping=fields)
         pipe.expire(key, REGISTRATION_TTL_S)
-        pipe.zadd(keys.WORKERS, {registration.worker_id: round((now + REGISTRATION_TTL_S) * 1000)})
-        pipe.zremrangebyscore(keys.WORKERS, "-inf", round((now - FORGET_WORKER_S) * 1000))
-        pipe.zadd(keys.MODELS, {registration.card.name: round(now * 1000)})
-        pipe.zremrangebyscore(keys.MODELS, "-inf", round((now - FORGET_MODEL_S) * 1000))
+        pipe.zadd(keys.WORKERS, {registration.worker_id: (now + REGISTRATION_TTL_S) * 1000})
+        pipe.zremrangebyscore(keys.WORKERS, "-inf", (now - FORGET_WORKER_S) * 1000)
+        if registration.serves:
+            pipe.zadd(keys.MODELS, {registration.card.name: now * 1000})
+        pipe.zremrangebyscore(keys.MODELS, "-inf", (now - FORGET_MODEL_S) * 1000)
         await pipe.execute()
 
-    async def withdraw(self, worker_id: str) -> None:
-        """A worker that stops cleanly says so."""
+    async def withdraw(self, *worker_ids: str) -> None:
+        """Workers that stop cleanly say so, and a supervisor says it of those that could not."""
         pipe = self._redis.pipeline(transaction=False)
-        pipe.delete(keys.worker(worker_id))
-        pipe.zrem(keys.WORKERS, worker_id)
+        for worker_id in worker_ids:
+            pipe.delete(keys.worker(worker_id))
+            pipe.zrem(keys.WORKERS, worker_id)
         await pipe.execute()
+
+    async def is_there(self, worker_id: str) -> bool:
+        """Whether a worker's last heartbeat is younger than its TTL."""
+        return bool(await self._redis.exists(keys.worker(worker_id)))
 
     async def announce_api(self, api_id: str) -> None:
         """One heartbeat of an API server."""
@@ -100,7 +134,7 @@ class Registry:
         await pipe.execute()
 
     async def workers(self) -> list[Registration]:
-        """All workers that are alive, oldest first: two round trips."""
+        """All workers that are there, whatever their state, oldest first: two round trips."""
         ids = [i.decode() for i in await self._redis.zrange(keys.WORKERS, 0, -1)]
         if not ids:
             return []
@@ -114,19 +148,32 @@ class Registry:
         return {name.decode() for name in await self._redis.zrange(keys.MODELS, 0, -1)}
 
 
+def capacity_of(registrations: Iterable[Registration], model: str) -> tuple[int, int]:
+    """How many workers take the jobs of a model, given by its name or slug, and how many slots they have together."""
+    slots = [r.slots for r in registrations if r.state == "serving" and keys.slug(r.card.name) == keys.slug(model)]
+    return len(slots), sum(slots)
+
+
+REQUIRED = frozenset({"worker_id", "card", "slots", "running", "host", "pid", "version", "started"})
+
+
 def _registrations(rows: Iterable[dict[bytes, bytes]]) -> Iterable[Registration]:
     for row in rows:
-        if not row:
-            continue  # its TTL ran out: the worker is gone
         fields = {name.decode(): value.decode() for name, value in row.items()}
+        state = next((state for state in get_args(State) if state == fields.get("state")), None)
+        if state is None or not fields.keys() >= REQUIRED:
+            continue  # its TTL ran out: the worker is gone (or it is of a version with other states or fields)
         yield Registration(
             worker_id=fields["worker_id"],
-            card=ModelCard(**orjson.loads(fields["card"])),
+            card=ModelCard(**known_fields(ModelCard, orjson.loads(fields["card"]))),
             slots=int(fields["slots"]),
             running=int(fields["running"]),
-            state="draining" if fields["state"] == "draining" else "serving",
+            state=state,
             host=fields["host"],
             pid=int(fields["pid"]),
             version=fields["version"],
             started=int(fields["started"]),
+            supervisor=int(fields.get("supervisor", 0)),
+            restarts=int(fields.get("restarts", 0)),
+            reason=fields.get("reason", ""),
         )

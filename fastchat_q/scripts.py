@@ -11,12 +11,30 @@ from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
 Arg = str | bytes | int
-NAMES = ("enqueue", "claim", "emit", "renew", "finish", "release", "cancel", "reap")
+TOKEN_PATH = ("emit", "renew")
+"""Scripts that touch a job's record, log and lease alone: they carry no more of the shared code, and fewer KEYS."""
+TRANSITIONS = (
+    "enqueue",
+    "claim",
+    "finish",
+    "release",
+    "disown",
+    "cancel",
+    "attach",
+    "restore",
+    "reap",
+    "reconcile",
+    "revive",
+    "drop",
+)
+NAMES = (*TOKEN_PATH, *TRANSITIONS)
+STANDALONE = ("limit",)
+"""Scripts with KEYS of their own, and no shared code."""
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """One script with the shared prelude in front of it."""
+    """One script as the server gets it."""
 
     source: str
     sha: str
@@ -26,8 +44,15 @@ class Script:
 def script(name: str) -> Script:
     """The script ``lua/<name>.lua``."""
     folder = files(__package__) / "lua"
-    source = (folder / "prelude.lua").read_text() + "\n" + (folder / f"{name}.lua").read_text()
+    shared = () if name in STANDALONE else ("prelude",) if name in TOKEN_PATH else ("prelude", "transitions")
+    source = "\n".join((folder / f"{part}.lua").read_text() for part in (*shared, name))
     return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+def read_all() -> None:
+    """Reads the files now: a package that is upgraded under a running process must not mix the two."""
+    for name in NAMES:
+        script(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +95,7 @@ async def call_many(redis: "Redis", calls: Iterable[Call]) -> list[Any]:
 async def load_all(redis: "Redis") -> None:
     """SCRIPT LOAD for all scripts, in one round trip."""
     pipe = redis.pipeline(transaction=False)
-    for name in NAMES:
+    for name in (*NAMES, *STANDALONE):
         pipe.script_load(script(name).source)
     await pipe.execute()
 

@@ -23,9 +23,14 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="FASTCHAT_Q_", env_ignore_empty=True, extra="forbid")
 
     state_dir: Path = Field(default_factory=default_state_dir)
-    """The embedded server's data, the API key, logs."""
+    """The embedded server's data, the API key, the pepper, logs."""
     redis_url: str | None = None
-    """None: the embedded server if one runs in the state directory, else redis://127.0.0.1:6379/0."""
+    """None: the embedded server if one runs in the state directory, else redis://127.0.0.1:6379/0. With Sentinel:
+    sentinel://[user:password@]host:port[,host:port…]/service[/db]."""
+    orchestrator_redis_url: str | None = None
+    """Where the orchestrator keeps its own queue. None: with all else, which then must not be in cluster mode."""
+    redis_server: Path | None = None
+    """The server program that ``up`` starts. None: the Valkey of the package, else one on the PATH."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
@@ -33,12 +38,23 @@ class Settings(BaseSettings):
     """Ask for a bearer key. Can only be switched off on a loopback address."""
     api_key: SecretStr | None = None
     """The key clients send. None: the one in the state directory, made at the first start."""
+    key_pepper: SecretStr | None = None
+    """The secret that API keys are hashed with: the same for all API servers and for ``fastchat-q key``. None: the one
+    in the state directory, made when first needed."""
     max_body_bytes: int = Field(default=1024 * 1024, ge=1024)
     """A request larger than this is refused with 413, before anything is queued."""
     max_waiting: int = Field(default=2048, ge=1)
     """Waiting jobs a lane of one model may hold; the next is answered with 429."""
+    queue_deadline_s: float = Field(default=600.0, gt=0)
+    """A job that no worker has begun by then ends as expired."""
     deadline_s: float = Field(default=3600.0, gt=0)
     """A job that is not done by then, waiting or running, ends as expired."""
+    stall_s: float = Field(default=60.0, gt=0)
+    """A running job that gets no token for so long is tried again, on another worker if there is one."""
+    disconnect_grace_s: float = Field(default=5.0, ge=0)
+    """A client whose stream was cut may come back for so long; then its job is cancelled."""
+    result_ttl_s: float = Field(default=86400.0, ge=120)
+    """How long jobs with an idempotency key, and those that go on without a client, are kept after their end."""
     queue_comment_after_s: float = Field(default=1.0, ge=0)
     """A stream that has no token by then is opened with comments on its place in the queue. Until then an error is
     still an HTTP status of its own."""
@@ -46,6 +62,11 @@ class Settings(BaseSettings):
     """A client that reads nothing for so long, while tokens wait for it, is given up and its job cancelled."""
     drain_s: float = Field(default=30.0, ge=0)
     """On SIGTERM, running work may go on this long."""
+    batch_reserve: float = Field(default=0.25, ge=0, lt=1)
+    """The part of a worker's slots that the batch lane may not hold, so that an interactive job finds one free."""
+    tenant_headroom: float = Field(default=0.125, ge=0, lt=1)
+    """The part of a worker's slots that a tenant which runs more than its share leaves free while other tenants came
+    within the last 10 s; at least one of four slots and more. 0: none."""
 
     @property
     def socket_path(self) -> Path:

@@ -7,14 +7,93 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 STABLE_S = 30.0
 """A child that ran this long starts over at the shortest backoff."""
 PR_SET_PDEATHSIG = 1
+REMEMBERED_BYTES = 4096
+PIPE_BYTES = 65536
+
+
+class Output(Protocol):
+    """Where a child's output goes, stdout and stderr as one."""
+
+    def attached(self) -> AbstractContextManager[int]:
+        """The file descriptor to give to one run of the child, open as long as that run."""
+
+    def last_words(self) -> str:
+        """The last line that was printed; empty: none."""
+
+
+class LogFile:
+    """Appends to a file, which may be made with its folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[int]:
+        """See `Output`."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as file:
+            yield file.fileno()
+
+    def last_words(self) -> str:
+        """See `Output`."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - REMEMBERED_BYTES))
+                return _last_line(file.read())
+        except OSError:
+            return ""
+
+
+class PassedOn:
+    """Passes everything on to this process's own stderr (`docker logs` reads that), and remembers the end of it.
+
+    It is read from a pipe: a child that prints blocks when this process is frozen and the pipe is full.
+    """
+
+    def __init__(self) -> None:
+        self._end = b""
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[int]:
+        """See `Output`. Needs the running event loop."""
+        self._end = b""
+        loop = asyncio.get_running_loop()
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        loop.add_reader(reader, self._pass_on, reader)
+        try:
+            yield writer
+        finally:
+            loop.remove_reader(reader)
+            while self._pass_on(reader):  # what it said last; a grandchild may keep the other end open
+                pass
+            os.close(reader)
+            os.close(writer)
+
+    def last_words(self) -> str:
+        """See `Output`."""
+        return _last_line(self._end)
+
+    def _pass_on(self, reader: int) -> bool:
+        try:
+            data = os.read(reader, PIPE_BYTES)
+        except BlockingIOError:
+            return False
+        self._end = (self._end + data)[-REMEMBERED_BYTES:]
+        with contextlib.suppress(OSError):  # nobody reads our stderr any more; that is no reason to stop
+            sys.stderr.buffer.write(data)
+            sys.stderr.buffer.flush()
+        return bool(data)
 
 
 @dataclass(slots=True)
@@ -23,15 +102,15 @@ class Child:
 
     Args:
         name: shown to people.
-        command: argv.
-        log_file: gets what it prints; appended to.
+        command: gives the argv; asked before each run.
+        output: gets what it prints.
         environment: added to this process's own.
-        on_exit: called with (exit code, seconds until it starts again).
+        on_exit: called with (exit code, seconds until it starts again) after a run that nobody asked to end.
     """
 
     name: str
-    command: Sequence[str]
-    log_file: Path
+    command: Callable[[], Sequence[str]]
+    output: Output
     environment: Mapping[str, str]
     on_exit: Callable[["Child", int, float], None]
     process: asyncio.subprocess.Process | None = None
@@ -56,26 +135,21 @@ class Child:
         if self.pid is None:
             self._task.cancel()  # it was waiting to be started again
         else:
-            self._signal(signal.SIGTERM)
+            self.signal(signal.SIGTERM)
         _, late = await asyncio.wait([self._task], timeout=timeout_s)
         if late:
-            self._signal(signal.SIGKILL)
+            self.signal(signal.SIGKILL)
             await asyncio.wait([self._task])
 
-    def _signal(self, number: signal.Signals) -> None:
-        if self.process is not None:
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to the running process, if there is one."""
+        if self.pid is not None and self.process is not None:
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 self.process.send_signal(number)
 
     def last_words(self) -> str:
         """The last line that it printed."""
-        try:
-            with self.log_file.open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-                lines = file.read().decode(errors="replace").strip().splitlines()
-        except OSError:
-            return ""
-        return lines[-1].strip() if lines else ""
+        return self.output.last_words()
 
     async def _keep_running(self) -> None:
         failures = 0
@@ -91,10 +165,9 @@ class Child:
             await asyncio.sleep(delay)
 
     async def _run_once(self) -> int:
-        self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_file.open("ab") as output:
+        with self.output.attached() as output:
             self.process = await asyncio.create_subprocess_exec(
-                *self.command,
+                *self.command(),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -102,13 +175,23 @@ class Child:
                 start_new_session=True,  # a Ctrl-C in the terminal is ours to pass on, in our order
                 preexec_fn=die_with_parent(os.getpid()),
             )
-        try:
-            return await self.process.wait()
-        except asyncio.CancelledError:
-            if self.process.returncode is None:
-                self.process.kill()
-                await self.process.wait()
-            raise
+            try:
+                return await self.process.wait()
+            except asyncio.CancelledError:
+                if self.process.returncode is None:
+                    self.process.kill()
+                    await self.process.wait()
+                raise
+
+
+def how_it_ended(code: int) -> str:
+    """An exit code in words; of a shell's 128 + n as well."""
+    number = -code if code < 0 else code - 128
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return f"exit code {code}"
+    return f"killed by {name}" + (" (out of memory?)" if number == signal.SIGKILL else "")
 
 
 def die_with_parent(parent: int) -> Callable[[], None] | None:
@@ -123,3 +206,8 @@ def die_with_parent(parent: int) -> Callable[[], None] | None:
             os._exit(1)
 
     return set_death_signal
+
+
+def _last_line(data: bytes) -> str:
+    lines = data.decode(errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else ""

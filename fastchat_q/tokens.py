@@ -53,7 +53,7 @@ async def append(redis: "Redis", model: str, chunks: Sequence[Chunk], finishes: 
         args: list[scripts.Arg] = [LEASE_MS]
         for c in chunks:
             args += (c.claim.job_id, c.claim.fence, c.n, len(c.ids), encode_payload(c.ids, c.text))
-        calls.append(scripts.Call("emit", keys.model_keys(model).script_keys, args))
+        calls.append(scripts.Call("emit", keys.model_keys(model).token_keys, args))
     calls += [finish_call(model, finish) for finish in finishes]
     replies: list[Any] = await scripts.call_many(redis, calls)
     for reply in replies:

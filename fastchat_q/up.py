@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import urllib.error
@@ -18,20 +19,24 @@ from typing import TextIO
 from redis.asyncio import Redis
 
 from . import keys
-from .addresses import check_port_free, http_base
+from .addresses import check_port_free, http_base, without_password
+from .capabilities import check_orchestrator_redis
 from .connection import connect
-from .credentials import KEY_FILE, load_or_create_api_key, write_api_key
+from .credentials import KEY_FILE, load_or_create_api_key, write_secret
 from .embedded import durability_findings, is_up, server_binary, server_command, server_version
 from .errors import ConfigurationError
-from .loops import AWAY
-from .registry import Registry
+from .loops import AWAY, check_cancelled
+from .registry import Registration, Registry
 from .settings import Settings
-from .supervisor import Child
+from .supervisor import Child, LogFile
 
 REDIS_START_S = 60.0
 """Bound on loading a long append-only file."""
 POLL_S = 0.05
 KILL_AFTER_S = 5.0
+HAND_BACK_S = 15.0
+"""What a child may take on top of its draining; the worker's own supervisor gives up a little earlier."""
+LOOK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +57,9 @@ class Up:
         self._logs = settings.state_dir / "logs"
         self._children: list[Child] = []
         self._stop = asyncio.Event()
+        self._crashes: asyncio.Task[None] | None = None
         self._url = settings.redis_url or f"unix://{settings.socket_path}"
+        self._orchestrator_url = settings.orchestrator_redis_url or self._url
 
     async def run(self) -> None:
         """Starts everything, waits for SIGINT or SIGTERM, and stops everything.
@@ -84,12 +91,11 @@ class Up:
         api = self._start_child(group, "api", ["serve"], {"FASTCHAT_Q_API_KEY": api_key})
         worker = self._start_child(group, "worker", ["worker", *self._options.worker_arguments])
         orchestrator = self._start_child(group, "orchestrator", ["orchestrator"])
+        self._crashes = group.create_task(self._report_crashes(redis, worker))
         base = http_base(self._settings.host, self._settings.port)
         async with asyncio.TaskGroup() as waits:
             waits.create_task(self._report("api", f"{base}/v1", lambda: self._api_is_up(base, api)))
-            waits.create_task(
-                self._report("orchestrator", "arq", lambda: self._orchestrator_is_up(redis, orchestrator))
-            )
+            waits.create_task(self._report("orchestrator", "arq", lambda: self._orchestrator_is_up(orchestrator)))
             waits.create_task(self._report("worker", self._options.model, lambda: self._worker_is_up(redis, worker)))
         if not self._stop.is_set():
             self._print_welcome(base, api_key)
@@ -98,14 +104,17 @@ class Up:
         if self._settings.redis_url is not None:
             try:
                 findings = await durability_findings(redis)
+                await self._check_orchestrator_redis()
             except AWAY as error:
-                raise ConfigurationError(f"Redis at {self._url} cannot be reached: {error}") from error
-            self._say(f"✔ redis         {self._url}")
+                raise ConfigurationError(
+                    f"Redis at {without_password(self._url)} cannot be reached: {error}"
+                ) from error
+            self._say(f"✔ redis         {without_password(self._url)}")
             for finding in findings:
                 self._say(f"! redis         {finding}")
             return
         await end_orphan(redis)
-        binary = server_binary()
+        binary = server_binary(self._settings.redis_server)
         data_dir, path = self._settings.state_dir / "redis", self._settings.socket_path
         data_dir.mkdir(exist_ok=True)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -113,13 +122,17 @@ class Up:
             raise ConfigurationError(f"{path.parent} belongs to somebody else. Choose a shorter --state-dir.")
         path.unlink(missing_ok=True)
         command = server_command(binary, data_dir.absolute(), path)
-        child = Child("redis", command, self._logs / "redis.log", {}, self._on_exit)
+        child = Child("redis", lambda: command, LogFile(self._logs / "redis.log"), {}, self._on_exit)
         self._children.append(child)
         child.start(group)
         detail = f"embedded {server_version(binary)} · unix socket · AOF everysec"
         await self._report("redis", detail, lambda: is_up(redis), REDIS_START_S)
         if not self._stop.is_set() and not await is_up(redis):
             raise ConfigurationError(f"The embedded Redis does not start: {child.last_words()}")
+
+    async def _check_orchestrator_redis(self) -> None:
+        async with connect(self._orchestrator_url) as redis:
+            await check_orchestrator_redis(redis)
 
     def _start_child(
         self, group: asyncio.TaskGroup, name: str, arguments: list[str], environment: dict[str, str] | None = None
@@ -134,13 +147,16 @@ class Up:
             "PYTHONUNBUFFERED": "1",
         }
         command = [sys.executable, "-m", "fastchat_q.cli", *arguments]
-        child = Child(name, command, self._logs / f"{name}.log", common | (environment or {}), self._on_exit)
+        output = LogFile(self._logs / f"{name}.log")
+        child = Child(name, lambda: command, output, common | (environment or {}), self._on_exit)
         self._children.append(child)
         child.start(group)
         return child
 
     async def _stop_children(self) -> None:
         """API first, so that open streams can end while their worker still runs; Redis last."""
+        if self._crashes is not None:
+            self._crashes.cancel()
         if not self._children:
             return
         self._say("Stopping: running requests may end first (Ctrl-C again to stop at once)")
@@ -148,7 +164,7 @@ class Up:
         impatient = asyncio.create_task(self._stop.wait())
         for name in ("api", "worker", "orchestrator", "redis"):
             for child in (c for c in self._children if c.name == name):
-                patience = self._settings.drain_s + KILL_AFTER_S
+                patience = self._settings.drain_s + HAND_BACK_S
                 stopping = asyncio.create_task(child.stop(0.0 if impatient.done() else patience))
                 await asyncio.wait([stopping, impatient], return_when=asyncio.FIRST_COMPLETED)
                 if not stopping.done():
@@ -181,13 +197,29 @@ class Up:
 
     async def _worker_is_up(self, redis: "Redis", child: Child) -> bool:
         try:
-            return any(worker.pid == child.pid for worker in await Registry(redis).workers())
+            return any(_is_of(child, worker) and worker.serves for worker in await Registry(redis).workers())
         except AWAY:
             return False
 
-    async def _orchestrator_is_up(self, redis: "Redis", child: Child) -> bool:
+    async def _report_crashes(self, redis: "Redis", child: Child) -> None:
+        """The worker supervises its engine's process itself; what it says of that in the registry is printed here."""
+        told = (0, 0)
+        while True:
+            check_cancelled()
+            await asyncio.sleep(LOOK_S)
+            try:
+                workers = await Registry(redis).workers()
+            except AWAY:
+                continue
+            for worker in workers:
+                if _is_of(child, worker) and worker.restarts and (worker.supervisor, worker.restarts) > told:
+                    told = (worker.supervisor, worker.restarts)
+                    self._say(f"✘ {child.name:<13} {worker.reason}; starts again")
+
+    async def _orchestrator_is_up(self, child: Child) -> bool:
         try:
-            return child.pid is not None and await redis.exists(keys.ORCHESTRATOR_HEALTH) == 1
+            async with connect(self._orchestrator_url) as redis:
+                return child.pid is not None and await redis.exists(keys.ORCHESTRATOR_HEALTH) == 1
         except AWAY:
             return False
 
@@ -195,7 +227,7 @@ class Up:
         state_dir = self._settings.state_dir
         if self._settings.api_key is not None:
             key = self._settings.api_key.get_secret_value()
-            write_api_key(state_dir / KEY_FILE, key)
+            write_secret(state_dir / KEY_FILE, key)
             return key
         return load_or_create_api_key(state_dir)[0]
 
@@ -253,6 +285,10 @@ async def end_orphan(redis: "Redis") -> None:
         with contextlib.suppress(*AWAY):
             await redis.shutdown()
         await asyncio.sleep(POLL_S)
+
+
+def _is_of(supervisor: Child, worker: Registration) -> bool:
+    return worker.supervisor == supervisor.pid and worker.host == socket.gethostname()
 
 
 def _answers(url: str) -> bool:

@@ -3,7 +3,7 @@
 --
 -- ARGV: 1 lease in ms, then per job: id, fence, n after this chunk, tokens in it, payload (one line of JSON)
 -- returns per job 1 ok | 0 lost (fenced out, cancelled, ended) | 2 duplicate of a call whose reply was lost | 3 gap |
---         4 ok, but nobody listens on its inbox
+--         4 ok, but nobody listens who should
 allow_at_maxmemory()
 local t, lease, out, lines = now(), tonumber(ARGV[1]), {}, {}
 for i = 2, #ARGV, 5 do
@@ -17,7 +17,7 @@ for i = 2, #ARGV, 5 do
     redis.call('XADD', LOG .. id, '0-' .. n, 'k', k, 'd', payload)
     if h[3] == '0' then redis.call('PEXPIREAT', LOG .. id, h[5] + 3600000) end   -- a log never outlives its job
     redis.call('HSET', JOB .. id, 'n', n)
-    redis.call('ZADD', LEASE, 'XX', t + lease, id)
+    redis.call('ZADD', LEASE, t + lease, id)
     local inbox = lines[h[4]]
     if not inbox then inbox = {at = {}}; lines[h[4]] = inbox end
     inbox.at[#inbox.at + 1] = #out + 1
@@ -27,7 +27,7 @@ for i = 2, #ARGV, 5 do
   out[#out + 1] = status
 end
 for inbox, rows in pairs(lines) do
-  if redis.call('PUBLISH', inbox, table.concat(rows, '\n')) == 0 then
+  if publish(inbox, table.concat(rows, '\n')) == 0 and not string.find(inbox, '*', 1, true) then
     for _, i in ipairs(rows.at) do out[i] = 4 end
   end
 end

@@ -1,11 +1,9 @@
--- RELEASE: a worker that drains gives a job back, unharmed: it goes to the head of its lane, its tokens stay in the
--- log, and the attempt is not counted.
+-- RELEASE: a worker that drains gives a job back, unharmed: it goes to the head of its lane, its tokens stay in the log.
 --
 -- ARGV: 1 id, 2 fence
 -- returns 1 ok | 0 lost
 allow_at_maxmemory()
 local h = redis.call('HMGET', JOB .. ARGV[1], 'state', 'fence')
 if h[1] ~= 'running' or h[2] ~= ARGV[2] then return 0 end
-redis.call('HINCRBY', JOB .. ARGV[1], 'attempt', -1)
-hand_back(ARGV[1])
+hand_back(ARGV[1], 'released')
 return 1

@@ -7,7 +7,7 @@ local t, out = now(), {}
 for i = 2, #ARGV, 2 do
   local h = redis.call('HMGET', JOB .. ARGV[i], 'state', 'fence')
   if h[1] == 'running' and h[2] == ARGV[i + 1] then
-    redis.call('ZADD', LEASE, 'XX', t + tonumber(ARGV[1]), ARGV[i])
+    redis.call('ZADD', LEASE, t + tonumber(ARGV[1]), ARGV[i])
     out[#out + 1] = 1
   else
     out[#out + 1] = 0

@@ -1,0 +1,119 @@
+"""What the commands for operators share: options, exit codes, one connection, tables and JSON."""
+
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from .settings import Settings
+
+EXIT_FAILED, EXIT_USAGE, EXIT_REDIS, EXIT_NOT_FOUND = 1, 2, 3, 4
+REACH_S = 5.0
+
+RedisUrl = Annotated[
+    str | None,
+    typer.Option("--redis-url", help="redis://, rediss://, unix:// or sentinel://; default: the embedded server."),
+]
+StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Where data, key and logs are kept.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")]
+T = TypeVar("T")
+
+
+def load_settings(**flags: Any) -> "Settings":
+    """Settings with the flags that were given; says which variables are none."""
+    from .settings import Settings, unknown_variables
+
+    for variable in unknown_variables():
+        print(f"fastchat-q: warning: {variable} is no setting of fastchat-q", file=sys.stderr)
+    return Settings(**{name: value for name, value in flags.items() if value is not None})
+
+
+def fail(message: str, code: int = EXIT_FAILED) -> NoReturn:
+    """Says what, why and what next on stderr, and ends the command."""
+    say(f"fastchat-q: {message}")
+    raise typer.Exit(code)
+
+
+def say(message: str) -> None:
+    """A line for the person, on stderr: stdout is for results."""
+    print(printable(message), file=sys.stderr, flush=True)
+
+
+def with_redis(settings: "Settings", action: "Callable[[Redis], Awaitable[T]]") -> T:
+    """Runs ``action`` on a connection of its own; Redis that is away is exit code 3, one that refuses is 1."""
+    import asyncio
+
+    from redis.exceptions import RedisError
+
+    from .addresses import without_password
+    from .connection import TRANSIENT, connect
+
+    async def run() -> T:
+        client = connect(settings.resolved_redis_url)
+        try:
+            async with asyncio.timeout(REACH_S):
+                await client.ping()
+            return await action(client)
+        finally:
+            await client.aclose()
+
+    try:
+        return asyncio.run(run())
+    except (TimeoutError, *TRANSIENT) as error:
+        why = str(error).rstrip(".") or f"no answer within {REACH_S:g} s"
+        fail(
+            f"Redis is not reachable at {without_password(settings.resolved_redis_url)}: {why}. "
+            "`fastchat-q up` starts one; --redis-url or FASTCHAT_Q_REDIS_URL names another.",
+            EXIT_REDIS,
+        )
+    except RedisError as error:
+        fail(f"Redis refuses: {error}. Look at its memory and its log: fastchat-q redis INFO memory")
+
+
+def print_json(document: Any) -> None:
+    """The one JSON document of a command."""
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Aligned columns, figures to the right; the head is bold on a terminal unless NO_COLOR is set."""
+    cells = [["-" if value is None or value == "" else printable(str(value)) for value in row] for row in rows]
+    widths = [
+        max(len(column), *(len(row[i]) for row in cells)) if cells else len(column) for i, column in enumerate(columns)
+    ]
+    right = [bool(rows) and all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(columns))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        return "  ".join(padded).rstrip()
+
+    head = line([column.upper() for column in columns])
+    print(typer.style(head, bold=True) if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else head)
+    for row in cells:
+        print(line(row))
+
+
+def printable(line: str) -> str:
+    """Without control characters: what clients and workers wrote must not drive the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in line)
+
+
+def duration(seconds: float | None) -> str | None:
+    """``4.2s``, ``3m12s``, ``2h05m``, ``6d03h``."""
+    if seconds is None:
+        return None
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02}h"

@@ -1,0 +1,15 @@
+-- RESTORE: a failover rolled the log back, and a client has tokens that are gone. They are put back, and who writes at the
+-- moment is fenced out: the next worker goes on behind what the client has.
+--
+-- ARGV: 1 id, 2 tokens in the log, as the caller read it, 3.. the entries that are put back: n, tokens, payload
+-- returns 1 ok | 0 the job has ended, or is gone | 3 the log has changed meanwhile, read it again
+allow_at_maxmemory()
+local id, have, n = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[#ARGV - 2])
+local h = redis.call('HMGET', JOB .. id, 'state', 'n', 'deadline_ms')
+if h[1] ~= 'queued' and h[1] ~= 'running' then return 0 end
+if tonumber(h[2]) ~= have then return 3 end
+for i = 3, #ARGV, 3 do redis.call('XADD', LOG .. id, '0-' .. ARGV[i], 'k', ARGV[i + 1], 'd', ARGV[i + 2]) end
+redis.call('PEXPIREAT', LOG .. id, h[3] + 3600000)
+redis.call('HSET', JOB .. id, 'n', n)
+if h[1] == 'running' then hand_back(id, 'log rolled back') end
+return 1
