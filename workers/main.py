@@ -1,23 +1,30 @@
-"""The worker process: loads the engine that was chosen, then serves until SIGTERM or SIGINT."""
+"""The engine's process: loads the engine that was chosen, then serves until SIGTERM or SIGINT."""
 
 import asyncio
+import faulthandler
+import os
 import signal
+import sys
 from dataclasses import dataclass
 
 import structlog
 import uvloop
 
 from fastchat_q.choices import Device, Dtype, EngineName
-from fastchat_q.connection import connect
 from fastchat_q.errors import ConfigurationError
 from fastchat_q.models import served_name
 
+from .active import Links
 from .engines.base import Engine
-from .worker import Worker
+from .watch import EngineHungError
+from .worker import Limits, Worker
 
 log = structlog.get_logger()
 
 DEFAULT_SLOTS = {"transformers": 16, "echo": 64}
+EXIT_FAILED = 1
+EXIT_HUNG = 70
+"""The engine's thread hangs: of its own, so that a supervisor of any kind can tell it from a crash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +39,34 @@ class WorkerOptions:
     dtype: Dtype
     threads: int | None
     token_delay_ms: float
-    drain_s: float
-    redis_url: str
 
 
-def run(options: WorkerOptions) -> None:
-    """Runs a worker to its end. Raises ConfigurationError when the model cannot be served."""
-    engine = build_engine(options)
-    uvloop.run(_serve(options, engine))
+def run(options: WorkerOptions, limits: Limits, redis_url: str, worker_id: str | None) -> None:
+    """Runs a worker to its end. Raises ConfigurationError when the model cannot be served.
+
+    Args:
+        worker_id: given by a supervisor, which this process is then a child of.
+    """
+    serve(build_engine(options), limits, redis_url, worker_id)
+
+
+def serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None) -> None:
+    """Serves an engine to the end of this process; its last words on stderr say why, if that was not asked for.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    try:
+        uvloop.run(_serve(engine, limits, redis_url, worker_id))
+    except Exception as error:
+        cause = _root_cause(error)
+        if not isinstance(cause, EngineHungError):
+            log.exception("worker failed")
+            print(f"fastchat-q: {_in_words(cause)}", file=sys.stderr, flush=True)
+            raise SystemExit(EXIT_FAILED) from None
+        faulthandler.dump_traceback()  # where it hangs
+        print(f"fastchat-q: {cause}", file=sys.stderr, flush=True)
+        os._exit(EXIT_HUNG)  # anything else may wait for the thread
 
 
 def build_engine(options: WorkerOptions) -> Engine:
@@ -64,14 +91,25 @@ def build_engine(options: WorkerOptions) -> Engine:
     return TransformersEngine(name, slots, loaded)
 
 
-async def _serve(options: WorkerOptions, engine: Engine) -> None:
-    stop = asyncio.Event()
+async def _serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None) -> None:
+    links = Links.to(redis_url)
+    worker = Worker(links, engine, limits, worker_id, supervisor=os.getppid() if worker_id else 0)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    redis, blocking = connect(options.redis_url), connect(options.redis_url, blocking=True)
+        loop.add_signal_handler(number, worker.stop)
     try:
-        await Worker(redis, blocking, engine, options.drain_s).run(stop)
+        await worker.run()
     finally:
-        await redis.aclose()
-        await blocking.aclose()
+        await links.aclose()
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The first error inside of groups, and what an engine died of."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _in_words(error: BaseException) -> str:
+    cause = f": {type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ is not None else ""
+    return " ".join(f"{type(error).__name__}: {error}{cause}".split())

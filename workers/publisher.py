@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import structlog
 from redis.asyncio import Redis
@@ -26,9 +28,10 @@ RETRY_S = 0.2
 class Outcome:
     """The end of a job, as the worker sees it."""
 
-    succeeded: bool
+    state: Literal["succeeded", "failed", "retry"]
     reason: str
     result: Result
+    backoff_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -44,7 +47,9 @@ class Publisher:
     """Never more than one call under way; what comes meanwhile goes into the next one.
 
     ``on_lost`` is told of claims that are no longer ours: cancelled, or taken over by somebody else.
-    ``on_sent`` is told after each chunk whether anybody was listening.
+    ``on_sent`` is told of each chunk that was taken: when the call was sent that extended the lease (time.monotonic),
+    and whether anybody was listening.
+    ``redis`` should not resend by itself: what is forgotten meanwhile would be sent again.
     """
 
     def __init__(
@@ -52,7 +57,7 @@ class Publisher:
         redis: "Redis",
         model: str,
         on_lost: Callable[[Claim], None],
-        on_sent: Callable[[Claim, bool], None],
+        on_sent: Callable[[Claim, float, bool], None],
         window_s: float = WINDOW_S,
     ) -> None:
         self._redis = redis
@@ -60,6 +65,7 @@ class Publisher:
         self._on_lost, self._on_sent = on_lost, on_sent
         self._window_s = window_s
         self._pending: dict[str, _Pending] = {}
+        self._sending: list[_Pending] = []
         self._some = asyncio.Event()
         self._urgent = asyncio.Event()
         self._idle = asyncio.Event()
@@ -80,10 +86,15 @@ class Publisher:
             self._urgent.set()
 
     def forget(self, claim: Claim) -> None:
-        """Drops what is not sent yet of a claim."""
+        """Drops what is not sent yet of a claim, and sends nothing of it again."""
         pending = self._pending.get(claim.job_id)
         if pending is not None and pending.claim is claim:
             del self._pending[claim.job_id]
+        self._sending = [p for p in self._sending if p.claim is not claim]
+
+    def job_ids(self) -> set[str]:
+        """Jobs of which something is not known to have arrived."""
+        return self._pending.keys() | {p.claim.job_id for p in self._sending}
 
     async def flushed(self) -> None:
         """Returns when everything has been sent."""
@@ -101,10 +112,11 @@ class Publisher:
                 await self._wait_urgent(rest)
             self._some.clear()
             self._urgent.clear()
-            batch, self._pending = list(self._pending.values()), {}
-            if batch:
+            self._sending, self._pending = list(self._pending.values()), {}
+            if self._sending:
                 last = loop.time()
-                await self._deliver(batch)
+                await self._deliver()
+                self._sending = []
             if not self._pending:
                 self._idle.set()
 
@@ -113,30 +125,32 @@ class Publisher:
             async with asyncio.timeout(timeout_s):
                 await self._urgent.wait()
 
-    async def _deliver(self, batch: list[_Pending]) -> None:
+    async def _deliver(self) -> None:
         """Sends a batch until Redis took it: a repeated call finds its own tokens and adds none."""
-        chunks = [Chunk(p.claim, p.n, tuple(p.ids), "".join(p.texts)) for p in batch if p.ids]
-        finishes = [_finish(p.claim, p.n, p.outcome) for p in batch if p.outcome is not None]
+        first = time.monotonic()
         while True:
             check_cancelled()
+            chunks = [Chunk(p.claim, p.n, tuple(p.ids), "".join(p.texts)) for p in self._sending if p.ids]
+            finishes = [_finish(p.claim, p.n, p.outcome) for p in self._sending if p.outcome is not None]
+            sent = time.monotonic()
             try:
                 answer = await append(self._redis, self._model, chunks, finishes)
                 break
             except TRANSIENT as error:
-                log.warning("emit failed, trying again", jobs=len(batch), error=str(error))
+                log.warning("emit failed, trying again", jobs=len(self._sending), error=str(error))
                 await asyncio.sleep(RETRY_S)
             except RedisError:
-                log.exception("emit refused", jobs=[p.claim.job_id for p in batch])
-                for p in batch:
-                    self._lost(p.claim)
+                log.exception("emit refused", jobs=[p.claim.job_id for p in self._sending])
+                for p in self._sending:
+                    self._on_lost(p.claim)
                 return
         for chunk, status in zip(chunks, answer.chunks, strict=True):
             if status is Status.GAP:
                 log.error("tokens missing in the log", job=chunk.claim.job_id, n=chunk.n)
             if status in (Status.LOST, Status.GAP):
                 self._lost(chunk.claim)
-            else:
-                self._on_sent(chunk.claim, status is not Status.UNHEARD)
+            else:  # a duplicate is an earlier call of this loop, whose reply was lost
+                self._on_sent(chunk.claim, first if status is Status.DUPLICATE else sent, status is not Status.UNHEARD)
         for finish, status in zip(finishes, answer.finishes, strict=True):
             if status is Status.GAP:
                 log.error("ended without all its tokens: it is claimed anew", job=finish.claim.job_id, n=finish.n)
@@ -147,4 +161,4 @@ class Publisher:
 
 
 def _finish(claim: Claim, n: int, outcome: Outcome) -> Finish:
-    return Finish(claim, n, "succeeded" if outcome.succeeded else "failed", outcome.reason, outcome.result)
+    return Finish(claim, n, outcome.state, outcome.reason, outcome.result, outcome.backoff_s)

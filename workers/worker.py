@@ -1,87 +1,113 @@
 """The worker: takes a slot, then claims, then generates, then finishes. One loop a duty; nothing calls a worker."""
 
 import asyncio
-import contextlib
-import secrets
+import random
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
-from redis.asyncio import Redis
 
 from fastchat_q import keys
-from fastchat_q.errors import FastchatQError, InvalidRequestError, JobFailedError
+from fastchat_q.errors import FastchatQError, InvalidRequestError, JobFailedError, RetryableError
 from fastchat_q.events import Result
 from fastchat_q.jobs import Job
-from fastchat_q.loops import AWAY, PreemptedError, every, listen, unless
-from fastchat_q.queue import REAP_S, Claim, Queue
+from fastchat_q.loops import AWAY, PreemptedError, check_cancelled, every, listen, unless
+from fastchat_q.queue import LEASE_MS, REAP_S, RECONCILE_S, Claim, Queue
 from fastchat_q.registry import HEARTBEAT_S, Registration, Registry, process_id
+from fastchat_q.sentinel import FOLLOW_S, follow_master
 from fastchat_q.tokens import read
 
-from .engines.base import Ended, Engine, Output, Request
+from .active import Active, Links
+from .claimer import Claimer
+from .engines.base import OUT_OF_MEMORY, Ended, Engine, Output, Request
 from .publisher import Outcome, Publisher
+from .slots import Slots
+from .watch import PERIOD_S, Watch
 
 log = structlog.get_logger()
 
 RENEW_S = 3.0
-IDLE_POLL_S = 1.0
-"""How long an idle worker sleeps when no bell wakes it."""
-RETRY_S = 0.5
+FENCE_S = LEASE_MS / 1000 - 1
+"""A claim whose lease was not extended for so long is dropped before somebody else gets the job."""
 ABANDONED_S = 15.0
 """A job whose API server is gone for so long is cancelled: nobody is left to read it."""
 MAX_STEPS_AHEAD = 64
 """Steps whose outputs the event loop has not taken yet; then the engine waits, so that heartbeats get their turn."""
+BACKOFF_S = 0.5
+MAX_BACKOFF_S = 30.0
+HAND_BACK_S = 5.0
 
 
-@dataclass(slots=True)
-class Active:
-    """A claimed job: one slot. ``n`` counts its tokens, those of earlier attempts included."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a worker puts up with.
 
-    claim: Claim
-    n: int
-    since: float
-    emitted: bool = False
-    unheard_since: float | None = None
-    """Since when nobody listens to its tokens."""
+    Args:
+        drain_s: on stop, running jobs may go on this long; then they are handed back.
+        stall_s: a job that gets no token for so long is tried again; an engine that makes no step ends the process.
+        batch_reserve: the part of the slots that the batch lane may not hold.
+        tenant_headroom: the part of the slots that a tenant leaves free to others that came lately.
+    """
 
-    @property
-    def ticket(self) -> str:
-        """The engine's name for this claim."""
-        return f"{self.claim.job_id} {self.claim.fence}"
+    drain_s: float = 30.0
+    stall_s: float = 60.0
+    batch_reserve: float = 0.25
+    tenant_headroom: float = 0.125
 
 
 class Worker:
     """Serves one model from one engine.
 
     Args:
-        redis: for commands.
-        blocking: for blocking reads and subscriptions.
+        links: clients of the queue's server.
         engine: loaded, not started; its slots are the concurrency limit.
-        drain_s: on stop, running jobs may go on this long; then they are handed back.
+        worker_id: None: made here.
+        supervisor: pid of the process that starts this one again; 0: none.
     """
 
-    def __init__(self, redis: "Redis", blocking: "Redis", engine: Engine, drain_s: float) -> None:
-        self.id = process_id("w")
+    def __init__(
+        self, links: Links, engine: Engine, limits: Limits, worker_id: str | None = None, supervisor: int = 0
+    ) -> None:
+        self.id = worker_id or process_id("w")
         self._model = engine.card.name
-        self._redis, self._blocking = redis, blocking
-        self._queue, self._bells = Queue(redis), Queue(blocking)
-        self._registry = Registry(redis)
+        self._links = links
+        self._queue, self._leases = Queue(links.commands), Queue(links.once)
+        self._registry = Registry(links.commands)
         self._engine = engine
-        self._drain_s = drain_s
+        self._limits = limits
+        self._slots = Slots(engine.slots, limits.batch_reserve, limits.tenant_headroom)
+        self._watch = Watch(engine, limits.stall_s)
         self._active: dict[str, Active] = {}
         self._ahead = threading.Semaphore(MAX_STEPS_AHEAD)
-        self._slot_freed = asyncio.Event()
-        self._stopping = asyncio.Event()
-        self._publisher = Publisher(redis, self._model, self._lost, self._sent)
-        self._registration = Registration.of_this_process(self.id, engine.card, engine.slots)
+        self._freed, self._stopping, self._hurry = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._publisher = Publisher(links.once, self._model, self._lost, self._sent)
+        self._registration = Registration.of_this_process(self.id, engine.card, engine.slots, supervisor)
+        self._claimer = Claimer(
+            self._leases,
+            Queue(links.blocking),
+            self._model,
+            self.id,
+            self._slots,
+            self._active,
+            known=lambda: self._active.keys() | self._publisher.job_ids(),
+            ready=lambda: not self._watch.slow,
+            begin=self._begin_all,
+            freed=self._freed,
+            stopping=self._stopping,
+        )
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Serves until ``stop`` is set, then drains.
+    def stop(self) -> None:
+        """Claims nothing more, lets running jobs end within the limit, and hands the rest back; again: at once."""
+        (self._hurry if self._stopping.is_set() else self._stopping).set()
+
+    async def run(self) -> None:
+        """Serves until it is stopped, then drains.
 
         Raises:
-            ExceptionGroup: a loop failed, or the engine died; the process should end.
+            RuntimeError: the engine died; its cause is the engine's error. The process should end.
+            ExceptionGroup: a loop failed; of an EngineHungError: the engine's thread cannot be ended.
         """
         loop = asyncio.get_running_loop()
         self._engine.start(
@@ -94,12 +120,14 @@ class Worker:
                 duties.create_task(every(HEARTBEAT_S, self._announce, "heartbeat")),
                 duties.create_task(every(RENEW_S, self._renew, "renew")),
                 duties.create_task(every(REAP_S, self._reap, "reap")),
+                duties.create_task(every(RECONCILE_S, self._reconcile, "reconcile")),
                 duties.create_task(every(REAP_S, self._cancel_abandoned, "abandoned jobs")),
+                duties.create_task(every(FOLLOW_S, self._follow_master, "sentinel")),
+                duties.create_task(self._keep_watch()),
                 duties.create_task(self._follow_hints()),
-                duties.create_task(_forward(stop, self._stopping)),
             ]
             log.info("serving", worker=self.id, model=self._model, slots=self._engine.slots)
-            await self._claim_until_stopped()
+            await self._claimer.run()
             if self._engine.failure is None:
                 await self._drain()
             for task in loops:
@@ -108,30 +136,19 @@ class Worker:
             raise RuntimeError("the engine died") from self._engine.failure
         await asyncio.to_thread(self._engine.stop)  # it may be waiting for this loop to take its outputs
 
-    async def _claim_until_stopped(self) -> None:
-        while not self._stopping.is_set():
-            free = self._engine.slots - len(self._active)
-            try:
-                if free <= 0:
-                    self._slot_freed.clear()
-                    await self._or_stopping(self._slot_freed.wait())
-                    continue
-                claims = await self._queue.claim(self._model, self.id, free=free, nonce=secrets.token_hex(4))
-                for claim in claims:
-                    self._take(claim)
-                for claim in claims:
-                    await self._begin(claim)
-                if len(claims) < free:
-                    await self._or_stopping(self._bells.wait(self._model, IDLE_POLL_S))
-            except AWAY as error:
-                log.warning("claim failed, trying again", error=str(error))
-                await asyncio.sleep(RETRY_S)
+    async def _begin_all(self, claims: list[Claim], sent: float) -> None:
+        for claim in claims:
+            self._take(claim, sent)
+        for claim in claims:
+            await self._begin(claim)
 
-    def _take(self, claim: Claim) -> None:
+    def _take(self, claim: Claim, sent: float) -> None:
         before = self._active.get(claim.job_id)
         if before is not None:  # lost without our noticing, and ours again
             self._lost(before.claim)
-        self._active[claim.job_id] = Active(claim, claim.n, time.monotonic())
+        self._active[claim.job_id] = Active(
+            claim, claim.n, time.monotonic(), sent, self._watch.awake_s, self._engine.steps
+        )
 
     async def _begin(self, claim: Claim) -> None:
         """Hands a claimed job to the engine, with the tokens that an earlier attempt logged."""
@@ -142,7 +159,7 @@ class Worker:
             job = Job.from_spec(claim.spec)
             prior: tuple[int, ...] = ()
             if claim.n:
-                deltas = await read(self._redis, self._model, claim.job_id)
+                deltas = await read(self._links.commands, self._model, claim.job_id)
                 prior = tuple(token for delta in deltas for token in delta.ids)
                 if len(prior) != claim.n:
                     raise JobFailedError(
@@ -151,9 +168,13 @@ class Worker:
                 log.info("resuming", job=claim.job_id, attempt=claim.attempt, tokens=claim.n)
         except FastchatQError as error:
             self._end(active, (), "", Ended(error=error))
-        except AWAY as error:  # it cannot be begun now: its lease runs out, and it is claimed anew
+        except (KeyError, TypeError, ValueError) as error:  # somebody else wrote into its log
+            damaged = JobFailedError(f"The token log is damaged: {error!r}.", code="log_incomplete")
+            self._end(active, (), "", Ended(error=damaged))
+        except AWAY as error:  # it cannot be begun now
             log.warning("could not read the log", job=claim.job_id, error=str(error))
             self._lost(claim)
+            self._claimer.doubt("log not read")
         else:
             self._engine.submit(Request(job, active.ticket, prior))
 
@@ -164,34 +185,39 @@ class Worker:
 
     def _on_outputs(self, outputs: list[Output]) -> None:
         self._ahead.release()
+        running, too_large = len(self._active), 0
         for output in outputs:
             active = self._active.get(output.ticket.partition(" ")[0])
             if active is None or active.ticket != output.ticket:
                 continue  # cancelled or lost meanwhile, and perhaps claimed anew
             active.n += len(output.ids)
+            if output.ids:
+                self._watch.given(active)
             if output.ended is not None:
+                error = output.ended.error
+                too_large += error is not None and error.code == OUT_OF_MEMORY
                 self._end(active, output.ids, output.text, output.ended)
             else:
                 urgent, active.emitted = not active.emitted, True
                 self._publisher.add(active.claim, active.n, output.ids, output.text, None, urgent)
+        if too_large:
+            self._slots.shrink(running, too_large, time.monotonic())
+            log.warning("out of memory: fewer jobs at a time from now on", slots=self._slots.now)
 
     def _end(self, active: Active, ids: tuple[int, ...], text: str, ended: Ended) -> None:
-        if ended.error is not None:
-            reason = ended.error.code or ended.error.type
-            outcome = Outcome(False, reason, Result.from_error(ended.error))
-            if not isinstance(ended.error, InvalidRequestError):
-                log.error("failed", job=active.claim.job_id, error=str(ended.error))
-        else:
-            reason = ended.finish_reason or "stop"
-            outcome = Outcome(True, reason, Result(finish_reason=ended.finish_reason, usage=ended.usage))
+        outcome = _outcome(active.claim, ended)
+        if ended.error is not None and not isinstance(ended.error, InvalidRequestError):
+            log.error(outcome.state, job=active.claim.job_id, error=str(ended.error))
         self._publisher.add(active.claim, active.n, ids, text, outcome, urgent=True)
         took = round(time.monotonic() - active.since, 3)
-        log.info("done", job=active.claim.job_id, model=self._model, tokens=active.n, seconds=took, reason=reason)
+        log.info(
+            "done", job=active.claim.job_id, model=self._model, tokens=active.n, seconds=took, reason=outcome.reason
+        )
         self._free(active.claim.job_id)
 
     def _free(self, job_id: str) -> None:
         self._active.pop(job_id, None)
-        self._slot_freed.set()
+        self._freed.set()
 
     def _lost(self, claim: Claim) -> None:
         """The job is cancelled, or somebody else's by now: stop at once and say nothing more of it."""
@@ -202,52 +228,96 @@ class Worker:
             self._engine.cancel(active.ticket)
             self._free(claim.job_id)
 
-    def _sent(self, claim: Claim, heard: bool) -> None:
+    def _sent(self, claim: Claim, sent: float, heard: bool) -> None:
         active = self._active.get(claim.job_id)
         if active is not None and active.claim is claim:
+            active.alive_at = max(active.alive_at, sent)
             active.unheard_since = None if heard else active.unheard_since or time.monotonic()
 
     async def _cancel_abandoned(self) -> None:
         for active in list(self._active.values()):
             if active.unheard_since is not None and time.monotonic() - active.unheard_since > ABANDONED_S:
                 log.info("abandoned", job=active.claim.job_id, tokens=active.n)
-                await self._queue.cancel(self._model, active.claim.job_id, "its API server is gone")
+                claim = active.claim
+                state = await self._queue.cancel(self._model, claim.job_id, "its API server is gone", fence=claim.fence)
+                if state == "heard":  # somebody came back between two tokens
+                    active.unheard_since = None
+                else:
+                    self._lost(claim)
+
+    async def _keep_watch(self) -> None:
+        """Needs no Redis: it is what a worker does about itself while it cannot reach anybody.
+
+        Raises:
+            EngineHungError: see `Watch.check_engine`.
+        """
+        while True:
+            self._watch.tick()
+            self._fence()
+            self._watch.check_engine()
+            for active in [a for a in self._active.values() if self._watch.stalled(a)]:
+                self._engine.cancel(active.ticket)
+                stalled = RetryableError(f"The job got no token for {self._limits.stall_s:g} s.", code="stalled")
+                self._end(active, (), "", Ended(error=stalled))
+            self._slots.grow(time.monotonic())
+            await asyncio.sleep(PERIOD_S)
+
+    def _fence(self) -> None:
+        """Drops what may be somebody else's by now, though nobody could tell us."""
+        for active in list(self._active.values()):
+            if time.monotonic() - active.alive_at > FENCE_S:
+                log.warning("lease not extended in time", job=active.claim.job_id)
                 self._lost(active.claim)
+                self._claimer.doubt("lease not extended in time")
 
     async def _follow_hints(self) -> None:
-        async for hint in listen(self._blocking, keys.worker_channel(self.id)):
-            verb, _, job_id = (hint or b"").decode().partition(" ")
+        async for hint in listen(self._links.blocking, keys.worker_channel(self.id)):
+            verb, _, job_id = (hint or b"").decode(errors="replace").partition(" ")
             active = self._active.get(job_id)
             if verb == "cancel" and active is not None:
                 self._lost(active.claim)
 
     async def _announce(self) -> None:
-        await self._registry.announce(self._registration.at(len(self._active), self._stopping.is_set()))
+        await self._registry.announce(
+            self._registration.at(len(self._active), self._slots.now, self._stopping.is_set())
+        )
 
     async def _renew(self) -> None:
-        if self._active:
-            for claim in await self._queue.renew(self._model, [a.claim for a in self._active.values()]):
-                self._lost(claim)
+        """Not for an engine that hangs: its jobs go to somebody else."""
+        if self._watch.silent or not self._active:
+            return
+        sent, claims = time.monotonic(), [active.claim for active in self._active.values()]
+        lost = await self._leases.renew(self._model, claims)
+        for claim in lost:
+            self._lost(claim)
+        for claim in claims:
+            active = self._active.get(claim.job_id)
+            if active is not None and active.claim is claim:
+                active.alive_at = max(active.alive_at, sent)
+
+    async def _follow_master(self) -> None:
+        links = self._links
+        await follow_master(links.commands, links.once, links.blocking)
 
     async def _reap(self) -> None:
         reaped = await self._queue.reap(self._model)
         if reaped.handed_back or reaped.dead or reaped.expired:
             log.info("reaped", handed_back=reaped.handed_back, dead=reaped.dead, expired=reaped.expired)
 
+    async def _reconcile(self) -> None:
+        if mended := await self._queue.reconcile(self._model):
+            log.info("reconciled", mended=mended)
+
     async def _drain(self) -> None:
         """Lets running jobs end within the limit, then hands the rest back with their tokens."""
-        log.info("draining", worker=self.id, running=len(self._active), seconds=self._drain_s)
+        log.info("draining", worker=self.id, running=len(self._active), seconds=self._limits.drain_s)
         try:
-            async with asyncio.timeout(self._drain_s):
-                await self._announce()
-                while self._active:
-                    self._slot_freed.clear()
-                    await self._slot_freed.wait()
-                await self._publisher.flushed()
-        except (TimeoutError, *AWAY):
+            async with asyncio.timeout(self._limits.drain_s):
+                await unless(self._hurry.wait(), self._all_ended())
+        except (TimeoutError, PreemptedError, *AWAY):
             log.warning("handing back", jobs=len(self._active))
         try:
-            async with asyncio.timeout(5.0):
+            async with asyncio.timeout(HAND_BACK_S):
                 left = list(self._active.values())
                 for active in left:
                     self._engine.cancel(active.ticket)
@@ -259,15 +329,25 @@ class Worker:
         except (TimeoutError, *AWAY) as error:
             log.warning("could not hand back: the leases will run out", error=str(error))
 
-    async def _or_stopping(self, awaitable: Awaitable[object]) -> None:
-        """Waits for ``awaitable`` or for the worker to stop, whichever comes first."""
-        with contextlib.suppress(PreemptedError):
-            await unless(self._stopping.wait(), awaitable)
+    async def _all_ended(self) -> None:
+        await self._announce()
+        check_cancelled()
+        while self._active:
+            self._freed.clear()
+            await self._freed.wait()
+        await self._publisher.flushed()
 
 
-async def _forward(source: asyncio.Event, target: asyncio.Event) -> None:
-    await source.wait()
-    target.set()
+def _outcome(claim: Claim, ended: Ended) -> Outcome:
+    error = ended.error
+    if error is None:
+        result = Result(finish_reason=ended.finish_reason, usage=ended.usage)
+        return Outcome("succeeded", ended.finish_reason or "stop", result)
+    reason, result = error.code or error.type, Result.from_error(error)
+    if isinstance(error, RetryableError):  # full jitter: jobs that failed together do not come back together
+        backoff_s = random.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2**claim.retries))
+        return Outcome("retry", reason, result, backoff_s)
+    return Outcome("failed", reason, result)
 
 
 def _threadsafe(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: object) -> None:

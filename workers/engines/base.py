@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +49,11 @@ class Output:
     ended: Ended | None = None
 
 
+STOP_S = 5.0
+
+OUT_OF_MEMORY = "out_of_memory"
+"""Code of the error of a job that did not fit beside the others: the worker takes fewer at a time from then on."""
+
 Sink = Callable[[list[Output]], None]
 """Gets all outputs of a step in one call, on the engine's thread."""
 
@@ -55,13 +61,19 @@ Sink = Callable[[list[Output]], None]
 class Engine(ABC):
     """A step loop on its own thread: requests join and leave between steps. All public methods are thread-safe.
 
-    A subclass implements `admit`, `drop`, `step` and `wait_s`, which run on the engine's thread only.
+    A subclass implements `admit`, `drop`, `step` and `wait_s`, which run on the engine's thread only. Within a step
+    that may take long it says `alive` whenever it gets on, or `busy_for` before work that cannot say so.
     """
 
     def __init__(self, card: ModelCard, slots: int) -> None:
         self.card = card
         self.slots = slots
         self.failure: BaseException | None = None
+        self.steps = 0
+        """Steps that are done."""
+        self.resting = True
+        """It waits for a request, or until its next step is due."""
+        self._progress = time.monotonic()
         self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._sink: Sink | None = None
@@ -81,9 +93,21 @@ class Engine(ABC):
         self._inbox.put(ticket)
 
     def stop(self) -> None:
-        """Ends the thread after the current step."""
+        """Ends the thread after the current step; returns before that if it takes too long."""
         self._inbox.put(None)
-        self._thread.join()
+        self._thread.join(STOP_S)
+
+    def progress(self) -> float:
+        """When it last got on (time.monotonic); in the future while it is known to be busy for longer."""
+        return self._progress
+
+    def alive(self) -> None:
+        """It gets on. Cheap enough for every layer of a forward pass."""
+        self._progress = max(self._progress, time.monotonic())
+
+    def busy_for(self, seconds: float) -> None:
+        """What comes next may take so long without a sign of life, such as the compilation of kernels."""
+        self._progress = time.monotonic() + seconds
 
     @abstractmethod
     def admit(self, request: Request) -> None:
@@ -114,6 +138,8 @@ class Engine(ABC):
                 if not self._receive(outputs):
                     return
                 outputs += self.step()
+                self.steps += 1
+                self._progress = time.monotonic()  # also the end of what it was busy for
                 if outputs:
                     self._sink(outputs)
         except BaseException as error:  # the edge of the thread: the worker ends the process and says why
@@ -125,9 +151,13 @@ class Engine(ABC):
         while True:
             try:
                 timeout = 0.0 if outputs else self.wait_s()
+                self.resting = timeout != 0
                 item = self._inbox.get(block=timeout != 0, timeout=timeout)
             except queue.Empty:
                 return True
+            finally:
+                self.alive()
+                self.resting = False
             if item is None:
                 return False
             if isinstance(item, str):

@@ -4,8 +4,9 @@ import time
 from collections import deque
 
 import torch
+from transformers import DynamicCache
 
-from fastchat_q.errors import ContextLengthError, InvalidRequestError, JobFailedError
+from fastchat_q.errors import ContextLengthError, InvalidRequestError
 from fastchat_q.jobs import Job
 from fastchat_q.registry import ModelCard
 
@@ -15,9 +16,12 @@ from .loading import Loaded
 from .sampling import sample
 from .sequence import Sequence
 from .text import Detokenizer, StopMatcher
+from .trouble import job_error
 
 PREFILL_BUDGET = 512
 """Prompt tokens taken in between two decode steps; one prompt always goes, however long."""
+FIRST_FORWARD_S = 120.0
+"""An accelerator loads and compiles its kernels during the first forward pass."""
 
 
 class TransformersEngine(Engine):
@@ -33,6 +37,10 @@ class TransformersEngine(Engine):
         self._waiting: deque[Sequence] = deque()
         self._batches: list[Batch[Sequence]] = []
         self._replayed: list[Output] = []  # ends that no forward pass is needed for
+        self._warm = loaded.device.type == "cpu"
+        for layers in (m for m in loaded.model.modules() if isinstance(m, torch.nn.ModuleList)):
+            for layer in layers:  # a long prompt on a slow device is no hung engine
+                layer.register_forward_pre_hook(lambda *_: self.alive())
 
     def admit(self, request: Request) -> None:
         sequence = self._sequence(request)
@@ -62,29 +70,39 @@ class TransformersEngine(Engine):
         while self._waiting and budget > 0:
             sequence = self._waiting.popleft()
             budget -= len(sequence.prompt) + len(sequence.ids)
-            outputs.append(self._prefill(sequence))
+            outputs += self._prefill(sequence)
         return outputs
 
-    def _prefill(self, sequence: Sequence) -> Output:
+    def _prefill(self, sequence: Sequence) -> list[Output]:
         ids = sequence.prompt + sequence.ids
+        if not self._warm:
+            self.busy_for(FIRST_FORWARD_S)
+            self._warm = True
         try:
             logits, cache = self._forward.prefill(ids)
             output = sequence.accept(sample(logits, [sequence.draw()])[0])
-            if output.ended is None:
-                if self._forward.batchable and self._batches:
-                    self._batches[0].join(sequence, cache, len(ids))
-                else:
-                    self._batches.append(Batch(self._forward, sequence, cache, len(ids)))
-            return output
         except Exception as error:  # this request fails, its neighbours do not
-            return _failed(sequence, error)
+            return _failed([sequence], error)
+        return [output] if output.ended is not None else self._start_decoding(sequence, cache, len(ids), output)
+
+    def _start_decoding(self, sequence: Sequence, cache: DynamicCache, columns: int, first: Output) -> list[Output]:
+        joins = self._forward.batchable and bool(self._batches)
+        try:
+            if joins:
+                self._batches[0].join(sequence, cache, columns)
+            else:
+                self._batches.append(Batch(self._forward, sequence, cache, columns))
+        except Exception as error:
+            rows = self._batches.pop(0).rows if joins else []  # some of its layers may have the row, and some not
+            return _failed([*rows, sequence], error)
+        return [first]
 
     def _decode(self, batch: Batch[Sequence]) -> list[Output]:
         try:
             tokens = sample(batch.decode(), [row.draw() for row in batch.rows])
         except Exception as error:  # the cache of this batch is undefined now
             self._batches.remove(batch)
-            return [_failed(row, error) for row in batch.rows]
+            return _failed(batch.rows, error)
         outputs = [_accept(row, token) for row, token in zip(batch.rows, tokens, strict=True)]
         ended = {output.ticket for output in outputs if output.ended is not None}
         return outputs + self._leave(batch, ended) if ended else outputs
@@ -100,7 +118,7 @@ class TransformersEngine(Engine):
             batch.keep(kept)
         except Exception as error:
             self._batches.remove(batch)
-            return [_failed(row, error) for row in rows]
+            return _failed(rows, error)
         return []
 
     def _sequence(self, request: Request) -> Sequence:
@@ -166,9 +184,10 @@ def _accept(sequence: Sequence, token: int) -> Output:
     try:
         return sequence.accept(token)
     except Exception as error:  # tokens that this tokenizer cannot decode: its neighbours go on
-        return _failed(sequence, error)
+        [failure] = _failed([sequence], error)
+        return failure
 
 
-def _failed(sequence: Sequence, error: Exception) -> Output:
-    failure = JobFailedError(f"The engine failed: {type(error).__name__}: {error}", code="engine_error")
-    return Output(sequence.ticket, ended=Ended(error=failure))
+def _failed(rows: list[Sequence], error: Exception) -> list[Output]:
+    ended = Ended(error=job_error(error))
+    return [Output(row.ticket, ended=ended) for row in rows]

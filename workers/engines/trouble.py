@@ -1,0 +1,42 @@
+"""What an exception within a step means: the job's fault, the worker's trouble for now, or the end of the device."""
+
+import torch
+
+from fastchat_q.errors import JobFailedError, RetryableError
+
+from .base import OUT_OF_MEMORY
+
+ALLOCATION_MESSAGES = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+"""What torch's CPU allocator and the CUDA libraries say, in a plain RuntimeError."""
+DEVICE_MESSAGES = ("CUDA error", "CUDNN_STATUS", "CUBLAS_STATUS", "NCCL error", "HIP error")
+
+
+def job_error(error: Exception) -> JobFailedError:
+    """The error with which the jobs of a failed step end.
+
+    Raises:
+        Exception: the same error: the device does not work any more, so every later step would fail too. The process
+            has to end; its jobs have lost a worker, which counts as evidence against them.
+    """
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(error, ALLOCATION_MESSAGES):
+        return RetryableError(f"The worker ran out of memory: {said}", code=OUT_OF_MEMORY)
+    if isinstance(error, torch.AcceleratorError) or _says(error, DEVICE_MESSAGES):
+        if not _device_works():
+            raise error
+        return RetryableError(f"The worker's device failed: {said}", code="device_error")
+    return JobFailedError(f"The engine failed: {said}", code="engine_error")
+
+
+def _says(error: Exception, messages: tuple[str, ...]) -> bool:
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
+
+
+def _device_works() -> bool:
+    """A failed kernel leaves most devices unusable until their process ends: then even waiting for it fails."""
+    try:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+    except RuntimeError:
+        return False
+    return True

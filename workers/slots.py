@@ -1,0 +1,64 @@
+"""How many jobs a worker takes, and from which lane. Plain arithmetic; it knows no Redis."""
+
+from collections.abc import Iterable
+
+from fastchat_q.keys import LANES
+
+LO_FIRST_EVERY = 8
+"""One claim of so many serves the batch lane first: a steady stream of interactive jobs does not starve it."""
+GROW_S = 60.0
+"""After the device ran out of memory, one slot comes back so often."""
+ENOUGH_TO_KEEP_ONE = 4
+"""With fewer slots, keeping one free would cost too much."""
+
+
+class Slots:
+    """The slots of one worker.
+
+    Args:
+        most: jobs at a time, while memory is enough.
+        reserve: the part of them that the batch lane may not hold, rounded down.
+        headroom: the part of them that a tenant leaves free to others that came lately.
+    """
+
+    def __init__(self, most: int, reserve: float, headroom: float = 0.0) -> None:
+        self.now = self._most = most
+        self._reserve, self._headroom = reserve, headroom
+        self._claims = 0
+        self._grown_at = 0.0
+
+    @property
+    def headroom(self) -> int:
+        """Slots that a tenant leaves free: its part rounded down, but at least one where there are enough."""
+        if not self._headroom or self.now < ENOUGH_TO_KEEP_ONE:
+            return 0
+        return max(1, int(self.now * self._headroom))
+
+    def offer(self, held: Iterable[str]) -> list[tuple[str, int]]:
+        """What the next CLAIM may take, as pairs of a lane and a number, in the order of service; empty: nothing.
+
+        Args:
+            held: the lane of each job that runs.
+        """
+        lanes = list(held)
+        free = self.now - len(lanes)
+        if free <= 0:
+            return []
+        hi, lo = LANES
+        batch = min(free, self.now - int(self.now * self._reserve) - lanes.count(lo))
+        if batch <= 0:
+            return [(hi, free)]
+        self._claims += 1
+        order = [(hi, free), (lo, batch)]
+        return order if self._claims % LO_FIRST_EVERY else order[::-1]
+
+    def shrink(self, running: int, failed: int, now: float) -> None:
+        """Of ``running`` jobs ``failed`` did not fit into memory: one slot less, or half of those that failed."""
+        self.now = max(1, min(self.now, running - max(1, failed // 2)))
+        self._grown_at = now
+
+    def grow(self, now: float) -> None:
+        """Gives one slot back if the last change is long enough ago."""
+        if self.now < self._most and now - self._grown_at >= GROW_S:
+            self.now += 1
+            self._grown_at = now
