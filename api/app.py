@@ -7,8 +7,9 @@ from fastapi.openapi.utils import get_openapi
 
 from fastchat_q import __version__
 
-from . import chat, models, problems
-from .guard import PROTECTED, Guard
+from . import chat, jobs, models, problems
+from .auth import required_scope
+from .guard import Guard
 from .service import Service
 
 SUMMARY = "OpenAI-compatible API in front of a durable job queue"
@@ -18,11 +19,15 @@ def create_app(service: Service) -> FastAPI:
     """An application around a service; it owns no connection and starts no task."""
     app = FastAPI(title="fastchat-q", version=__version__, summary=SUMMARY, redoc_url=None)
     app.state.service = service
-    for router in (chat.router, models.router):  # include_router would match every request twice: 15 % of its cost
+    for router in (
+        chat.router,
+        jobs.router,
+        models.router,
+    ):  # include_router would match every request twice: 15 % of its cost
         app.router.routes.extend(router.routes)
     problems.install(app)
-    app.add_middleware(Guard, api_key=service.api_key, max_body_bytes=service.settings.max_body_bytes)
-    if service.api_key is not None:
+    app.add_middleware(Guard, authenticator=service.authenticator, max_body_bytes=service.settings.max_body_bytes)
+    if service.authenticator.on:
         document = _with_bearer_keys(app)
         app.openapi = lambda: document  # type: ignore[method-assign]
     return app
@@ -33,7 +38,7 @@ def _with_bearer_keys(app: FastAPI) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, summary=SUMMARY, routes=app.routes)
     document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     for path, operations in document["paths"].items():
-        if path.startswith(PROTECTED):
+        if required_scope(path) is not None:
             for operation in operations.values():
                 operation["security"] = [{"bearer": []}]
     return document

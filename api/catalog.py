@@ -4,6 +4,7 @@ import asyncio
 
 from redis.asyncio import Redis
 
+from fastchat_q.keys import model_keys
 from fastchat_q.loops import every
 from fastchat_q.registry import ModelCard, Registration, Registry
 
@@ -18,6 +19,8 @@ class Catalog:
         self._registry = Registry(redis)
         self._workers: dict[str, list[Registration]] = {}
         self._known: set[str] = set()
+        self._slots: dict[str, int] = {}
+        self._trouble: dict[str, str] = {}
 
     async def run(self) -> None:
         """The refreshing loop, for ever."""
@@ -36,10 +39,15 @@ class Catalog:
         except TimeoutError as error:
             raise TimeoutError(f"no answer within {REFRESH_LIMIT_S:g} s") from error
         workers: dict[str, list[Registration]] = {}
+        trouble: dict[str, str] = {}
         for registration in registrations:
-            workers.setdefault(registration.card.name, []).append(registration)
+            if registration.serves:
+                workers.setdefault(registration.card.name, []).append(registration)
+            else:
+                trouble[registration.card.name] = registration.reason or trouble.get(registration.card.name, "")
         self._known |= known  # also what a FLUSHALL forgot: those are 503, not 404
-        self._workers = workers
+        self._workers, self._trouble = workers, trouble
+        self._slots = {model_keys(name).prefix: sum(w.slots for w in some) for name, some in workers.items()}
 
     def cards(self) -> list[ModelCard]:
         """A card for each served model: that of its oldest worker."""
@@ -50,6 +58,14 @@ class Catalog:
         workers = self._workers.get(model)
         return workers[0].card if workers else None
 
+    def slots(self, model: str) -> int:
+        """Slots that serve a model now, by its name or slug."""
+        return self._slots.get(model_keys(model).prefix, 0)
+
+    def trouble(self, model: str) -> str | None:
+        """Of a model that is about to be served: why its worker ended the last time; empty: its first worker loads."""
+        return None if model in self._workers else self._trouble.get(model)
+
     def known(self) -> set[str]:
-        """Names of all models that were served within the last 24 hours."""
-        return self._known | self._workers.keys()
+        """Names of all models that were served within the last 24 hours, or are about to be."""
+        return self._known | self._workers.keys() | self._trouble.keys()

@@ -1,31 +1,32 @@
 """``POST /v1/chat/completions``: parse, ask, render, nothing else."""
 
-import asyncio
-from collections.abc import AsyncIterator
+import hashlib
+import time
 
-import structlog
+import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from sse_starlette import EventSourceResponse, ServerSentEvent
-from starlette.types import Receive, Scope, Send
 
-from fastchat_q.events import End, Event
+from fastchat_q.errors import FastchatQError, InvalidRequestError
+from fastchat_q.events import End
+from fastchat_q.jobs import Job
 from fastchat_q.keys import public_job_id
 from fastchat_q.loops import PreemptedError, unless
+from fastchat_q.queue import KEEP_S, Terms
 
 from . import render
 from .admission import admit
-from .relay import JobStream, Relay
+from .auth import caller_of
+from .limits import NOTHING
+from .problems import error_response
 from .schemas import ChatRequest
-from .service import service_of
+from .service import Service, service_of
+from .streaming import JobStreamResponse, disconnected, raise_if_failed, sse
 
-log = structlog.get_logger()
 router = APIRouter(tags=["chat"])
 
-COMMENT_S = 5.0
-"""A waiting stream gets a comment when its place changes, and this often in any case."""
-PING_S = 15
 CLIENT_CLOSED_REQUEST = 499
+MAX_IDEMPOTENCY_KEY = 255
 
 
 @router.post(
@@ -36,88 +37,78 @@ CLIENT_CLOSED_REQUEST = 499
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Queues the request as a job and answers with what a worker makes of it."""
     service = service_of(request)
-    await admit(service.catalog, body.model)
     job = body.to_job()
-    stream = await service.relay.submit(job)
-    headers = {"x-job-id": public_job_id(job.model, job.id)}
+    await admit(service.catalog, caller_of(request), job.model, job.lane)
+    include_usage = bool(body.stream_options and body.stream_options.include_usage)
+    view = render.View(job.id, job.model, int(time.time()), job.lane, include_usage)
+    terms = await _terms(service, body, job, view, request)
+    reservation = await service.limits.reserve(caller_of(request), job)
+    try:
+        stream = await service.relay.submit(job, terms)
+    except BaseException:
+        service.limits.settle(reservation, NOTHING)
+        raise
+    if stream.view:  # the idempotency key found an earlier job
+        view = render.View.from_json(stream.view)
+    headers = {"x-job-id": public_job_id(job.model, stream.job_id), **reservation.headers}
+
+    def leave() -> None:
+        service.relay.leave(stream, grace_s)
+        service.limits.settle(reservation, NOTHING if stream.view else stream.usage)  # an earlier job has paid
+
+    grace_s = service.settings.disconnect_grace_s if body.stream or terms.idempotency else 0.0
     handed_over = False
     try:
         if not body.stream:
-            events, end = await unless(_disconnected(request), stream.collect())
+            events, end = await unless(disconnected(request), stream.collect())
             raise_if_failed(end)
-            return Response(render.to_json(render.completion(job, events, end)), 200, headers, "application/json")
-        first = await unless(_disconnected(request), stream.take(service.settings.queue_comment_after_s))
+            return Response(render.to_json(render.completion(view, events, end)), 200, headers, "application/json")
+        first = await unless(disconnected(request), stream.take(service.settings.queue_comment_after_s))
         if first and isinstance(first[-1], End):
             raise_if_failed(first[-1])  # still a status of its own: no byte is out
-        writer = render.ChunkWriter(job, bool(body.stream_options and body.stream_options.include_usage))
-        response = JobStreamResponse(
-            service.relay, stream, sse(stream, first, writer), headers, service.settings.drain_s
-        )
+        chunks = sse(stream, first, render.ChunkWriter(view))
+        response = JobStreamResponse(stream, leave, chunks, headers, service.settings.drain_s)
         handed_over = True
         return response
     except PreemptedError:  # the client is gone: nobody is left to answer
         return Response(status_code=CLIENT_CLOSED_REQUEST)
+    except FastchatQError as error:
+        return error_response(error, headers)
     finally:
         if not handed_over:
-            service.relay.leave(stream)
+            leave()
 
 
-class JobStreamResponse(EventSourceResponse):
-    """Server-sent events that leave the job's stream however the response ends, even before its first byte."""
+async def _terms(service: Service, body: ChatRequest, job: Job, view: render.View, request: Request) -> Terms:
+    settings = service.settings
+    idempotency = await _idempotency(request)
+    detached = body.on_disconnect == "continue"
+    caller = caller_of(request)
+    return Terms(
+        tenant=caller.tenant,
+        weight=caller.weight,
+        max_queued=caller.max_queued or 0,
+        max_parallel=caller.max_parallel or 0,
+        max_waiting=settings.max_waiting,
+        queue_deadline_s=settings.queue_deadline_s,
+        deadline_s=settings.deadline_s,
+        keep_s=settings.result_ttl_s if detached or idempotency else KEEP_S,
+        detached=detached,
+        view=view.to_json(),
+        idempotency=idempotency,
+        slots=service.catalog.slots(job.model),
+    )
 
-    def __init__(
-        self, relay: Relay, stream: JobStream, body: AsyncIterator[bytes], headers: dict[str, str], drain_s: float
-    ) -> None:
-        # Without sse-starlette's send_timeout, which opens a cancel scope for every chunk, a sixth of a token's cost:
-        # the relay looks after clients that read nothing, once a second for all of them.
-        super().__init__(
-            body, headers=headers, sep="\n", ping=PING_S, ping_message_factory=_ping, shutdown_grace_period=drain_s
+
+async def _idempotency(request: Request) -> tuple[str, str] | None:
+    """Digests of the client's key and of the request, in which the order of fields does not matter."""
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not 0 < len(key) <= MAX_IDEMPOTENCY_KEY:
+        raise InvalidRequestError(
+            f"The header Idempotency-Key has {len(key)} characters; it needs 1 to {MAX_IDEMPOTENCY_KEY}.",
+            code="invalid_idempotency_key",
         )
-        self._relay, self._stream = relay, stream
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._stream.reader = asyncio.current_task()
-        try:
-            await super().__call__(scope, receive, send)
-        except asyncio.CancelledError:
-            if not self._stream.stalled:
-                raise
-            log.info("client stalled", job=self._stream.job.id, backlog=self._stream.backlog)
-        finally:
-            self._relay.leave(self._stream)
-
-
-def _ping() -> ServerSentEvent:
-    return ServerSentEvent(comment="ping", sep="\n")
-
-
-async def sse(stream: JobStream, first: list[Event], writer: render.ChunkWriter) -> AsyncIterator[bytes]:
-    """The bytes of a stream, from the events that are there already to the end."""
-    events = first
-    place: int | None = -1
-    quiet_s = 0.0
-    while not events:
-        if stream.place != place or quiet_s >= COMMENT_S:
-            place, quiet_s = stream.place, 0.0
-            yield render.queue_comment(place)
-        events = await stream.take(1.0)
-        quiet_s += 1.0
-    failed = isinstance(events[0], End) and events[0].error() is not None
-    yield writer.events(events) if failed else writer.role() + writer.events(events)
-    while not isinstance(events[-1], End):
-        events = await stream.take()
-        chunk = writer.events(events)
-        if chunk:
-            yield chunk
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def raise_if_failed(end: End) -> None:
-    """Raises the error that a job ended with."""
-    error = end.error()
-    if error is not None:
-        raise error
+    canonical = orjson.dumps(orjson.loads(await request.body()), option=orjson.OPT_SORT_KEYS)
+    return hashlib.sha256(key.encode()).hexdigest(), hashlib.sha256(canonical).hexdigest()

@@ -1,4 +1,4 @@
-"""The outermost layer: request id, bearer key, content type and body size, checked before anything is parsed."""
+"""The outermost layer: request id, bearer key, scope, content type and body size, checked before anything is parsed."""
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -6,10 +6,9 @@ from ulid import ULID
 
 from fastchat_q.errors import AuthenticationError, FastchatQError, InvalidRequestError, RequestTooLargeError
 
-from .admission import check_key
+from .auth import Authenticator, check_scope, required_scope
 from .problems import error_response
 
-PROTECTED = "/v1/"
 DRAIN_LIMIT = 64 * 1024 * 1024
 """A refused body is read and thrown away up to here, so that the client gets to see the answer."""
 
@@ -24,9 +23,9 @@ class UnsupportedMediaTypeError(InvalidRequestError):
 class Guard:
     """ASGI middleware for the whole application."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, authenticator: Authenticator, max_body_bytes: int) -> None:
         self._app = app
-        self._api_key = api_key
+        self._authenticator = authenticator
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,9 +41,12 @@ class Guard:
             await send(message)
 
         try:
-            if scope["path"].startswith(PROTECTED):
-                check_key(headers.get("authorization"), self._api_key)
-            if scope["method"] in ("POST", "PUT", "PATCH"):
+            needed = required_scope(scope["path"])
+            if needed is not None:
+                caller = await self._authenticator.caller(headers.get("authorization"))
+                check_scope(caller, needed, scope["path"])
+                scope.setdefault("state", {})["caller"] = caller
+            if scope["method"] in ("POST", "PUT", "PATCH") and _has_body(headers):
                 receive = await self._read_body(headers, receive)
         except AuthenticationError as error:
             await error_response(error, {"www-authenticate": "Bearer"})(scope, receive, send_with_id)
@@ -82,6 +84,11 @@ class Guard:
                 "Shorten the messages, or raise FASTCHAT_Q_MAX_BODY_BYTES on the server."
             )
         return _replay({"type": "http.request", "body": b"".join(parts), "more_body": False}, receive)
+
+
+def _has_body(headers: Headers) -> bool:
+    """Without one there is nothing to check: ``curl -X POST`` of a cancel sends neither a body nor its type."""
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 def _replay(first: Message, receive: Receive) -> Receive:

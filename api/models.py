@@ -9,6 +9,7 @@ from fastchat_q.loops import AWAY
 from fastchat_q.registry import ModelCard
 
 from .admission import admit
+from .auth import caller_of
 from .service import service_of
 
 router = APIRouter(tags=["models"])
@@ -16,16 +17,18 @@ router = APIRouter(tags=["models"])
 
 @router.get("/v1/models", summary="List the models that are served now")
 async def list_models(request: Request) -> dict[str, Any]:
-    """A model is in the list while at least one worker serves it."""
-    catalog = service_of(request).catalog
+    """A model is in the list while at least one worker serves it, for keys that may use it."""
+    catalog, caller = service_of(request).catalog, caller_of(request)
     await catalog.refresh()
-    return {"object": "list", "data": [_model(card) for card in catalog.cards()]}
+    return {"object": "list", "data": [_model(card) for card in catalog.cards() if caller.may_use(card.name)]}
 
 
 @router.get("/v1/models/{model:path}", summary="Retrieve a model")
 async def retrieve_model(model: str, request: Request) -> dict[str, Any]:
-    """404 for a model that was never served, 503 for one that has no worker at the moment."""
-    return _model(await admit(service_of(request).catalog, model))
+    """404 for a model that was never served, 503 for one that has no worker now, 403 for one the key may not use."""
+    card = await admit(service_of(request).catalog, caller_of(request), model)
+    assert card is not None  # only jobs of the batch lane may wait for a worker
+    return _model(card)
 
 
 @router.head("/healthz", include_in_schema=False)
@@ -36,14 +39,17 @@ async def healthz() -> dict[str, str]:
 
 
 @router.head("/readyz", include_in_schema=False)
-@router.get("/readyz", summary="Redis is reachable and at least one model is served")
+@router.get("/readyz", summary="Redis is reachable and evicts nothing, and at least one model is served")
 async def readyz(request: Request) -> JSONResponse:
     """503 with the reason otherwise."""
-    catalog = service_of(request).catalog
+    service = service_of(request)
+    catalog = service.catalog
     try:
         await catalog.refresh()
     except AWAY as error:
         return JSONResponse({"status": "not ready", "reason": f"redis: {error}"}, 503)
+    if service.durability.objection is not None:
+        return JSONResponse({"status": "not ready", "reason": f"redis: {service.durability.objection}"}, 503)
     models = [card.name for card in catalog.cards()]
     if not models:
         return JSONResponse({"status": "not ready", "reason": "no worker serves any model"}, 503)

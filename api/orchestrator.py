@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from fastchat_q import keys
+from fastchat_q.capabilities import check_orchestrator_redis
 from fastchat_q.connection import connect
 from fastchat_q.queue import Queue
 from fastchat_q.registry import Registry
@@ -24,14 +25,28 @@ log = structlog.get_logger()
 TICK_TIMEOUT_S = 30
 """Bound on every tick: arq's own recovery time after a crash is the longest of these, plus 10 s."""
 HEALTH_INTERVAL_S = 5
+COMPLETION_S = 5
+"""On a signal, a tick may end first: arq stops with a traceback when it cancels one that is just being concluded."""
 IDLE_CONSUMER_MS = 3600 * 1000
 
 
-def run(redis_url: str) -> None:
-    """Runs until SIGTERM or SIGINT."""
-    client = connect(redis_url)
+def run(redis_url: str, own_redis_url: str | None) -> None:
+    """Runs until SIGTERM or SIGINT.
+
+    Args:
+        redis_url: the queues to look after.
+        own_redis_url: where arq keeps its own queue; None: there, too.
+
+    Raises:
+        ConfigurationError: arq's queue would be on a server in cluster mode.
+    """
+    client, own = connect(redis_url), connect(own_redis_url or redis_url)
+
+    async def check(ctx: dict[str, Any]) -> None:
+        await check_orchestrator_redis(own)
+
     pool = ArqRedis(
-        connection_pool=client.connection_pool,
+        connection_pool=own.connection_pool,
         job_serializer=orjson.dumps,
         job_deserializer=orjson.loads,
         default_queue_name=keys.ORCHESTRATOR_QUEUE,
@@ -45,7 +60,9 @@ def run(redis_url: str) -> None:
         health_check_key=keys.ORCHESTRATOR_HEALTH,
         health_check_interval=HEALTH_INTERVAL_S,
         job_timeout=TICK_TIMEOUT_S,
+        job_completion_wait=COMPLETION_S,
         keep_result=0,
+        on_startup=check,
         ctx={"client": client},
     )
     log.info("orchestrating", queue=keys.ORCHESTRATOR_QUEUE)
@@ -53,19 +70,20 @@ def run(redis_url: str) -> None:
 
 
 async def housekeeping(ctx: dict[str, Any]) -> dict[str, int]:
-    """Removes consumers of workers that are long gone, and reaps queues that no process looks after any more."""
+    """Removes consumers of workers that are long gone; reaps and reconciles queues that no process looks after."""
     redis: Redis = ctx["client"]
     started = time.monotonic()
-    removed = reaped = 0
+    removed = reaped = mended = 0
     models = await Registry(redis).known_models()
     for model in models:
         done = await Queue(redis).reap(model)
         reaped += done.handed_back + done.dead + done.expired
-        for lane in keys.LANES:
+        mended += await Queue(redis).reconcile(model)
+        for lane in keys.ALL_LANES:
             removed += await _remove_idle_consumers(redis, keys.model_keys(model).stream(lane))
     took = round(time.monotonic() - started, 3)
-    log.info("housekeeping", models=len(models), consumers_removed=removed, reaped=reaped, seconds=took)
-    return {"consumers_removed": removed, "reaped": reaped}
+    log.info("housekeeping", models=len(models), consumers_removed=removed, reaped=reaped, mended=mended, seconds=took)
+    return {"consumers_removed": removed, "reaped": reaped, "mended": mended}
 
 
 async def _remove_idle_consumers(redis: "Redis", stream: str, idle_ms: int = IDLE_CONSUMER_MS) -> int:

@@ -29,7 +29,7 @@ def install(app: FastAPI) -> None:
 
 def error_response(error: FastchatQError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The response for an error, Retry-After included."""
-    extra = dict(headers or {})
+    extra = {**error.headers, **(headers or {})}
     if error.retry_after_s is not None:
         extra["retry-after"] = str(error.retry_after_s)
     return JSONResponse(error.body(), error.status, extra)
@@ -45,7 +45,9 @@ async def _on_redis_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, OutOfMemoryError):
         return error_response(QueueUnavailableError("The queue's memory is full. Nothing was accepted; retry later."))
     return error_response(
-        QueueUnavailableError("The queue cannot be reached. Nothing was accepted; retry in a moment.")
+        QueueUnavailableError(
+            "The queue cannot be reached. What it may have accepted of this request is cancelled; retry in a moment."
+        )
     )
 
 

@@ -1,16 +1,15 @@
 """Events become OpenAI's bytes. The frame of a stream's chunks is encoded once; a token costs one string encoding."""
 
-import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import orjson
 
-from fastchat_q.errors import FastchatQError
-from fastchat_q.events import Delta, End, Event, Usage
-from fastchat_q.jobs import Job, Lane
+from fastchat_q.events import Delta, End, Event, Result
+from fastchat_q.jobs import Lane
+from fastchat_q.versions import known_fields
 
-DONE = b"data: [DONE]\n\n"
 SERVICE_TIERS: dict[Lane, str] = {"hi": "default", "lo": "flex"}
 
 
@@ -19,20 +18,41 @@ def to_json(body: dict[str, Any]) -> bytes:
     return orjson.dumps(body)
 
 
-def completion_id(job: Job) -> str:
-    """The ``id`` of the completion, and of each of its chunks."""
-    return f"chatcmpl-{job.id}"
+@dataclass(frozen=True, slots=True)
+class View:
+    """What the bytes of a job's answer need beside its events. Kept in the job record, for those who read it later."""
+
+    job_id: str
+    model: str
+    created: int
+    """Unix seconds."""
+    lane: Lane
+    include_usage: bool = False
+
+    def to_json(self) -> str:
+        """JSON for the job record."""
+        return orjson.dumps(self).decode()
+
+    @classmethod
+    def from_json(cls, raw: bytes) -> Self:
+        """The inverse of `to_json`."""
+        return cls(**known_fields(cls, orjson.loads(raw)))
+
+    @property
+    def completion_id(self) -> str:
+        """The ``id`` of the completion, and of each of its chunks."""
+        return f"chatcmpl-{self.job_id}"
 
 
-def completion(job: Job, events: Sequence[Event], end: End) -> dict[str, Any]:
+def completion(view: View, events: Sequence[Event], end: End) -> dict[str, Any]:
     """The ``chat.completion`` object of a job that succeeded."""
     text = "".join(event.text for event in events if isinstance(event, Delta))
     result = end.result
     return {
-        "id": completion_id(job),
+        "id": view.completion_id,
         "object": "chat.completion",
-        "created": int(time.time()),
-        "model": job.model,
+        "created": view.created,
+        "model": view.model,
         "choices": [
             {
                 "index": 0,
@@ -41,74 +61,84 @@ def completion(job: Job, events: Sequence[Event], end: End) -> dict[str, Any]:
                 "finish_reason": result.finish_reason if result else "stop",
             }
         ],
-        "usage": usage(result.usage if result else None),
-        "service_tier": SERVICE_TIERS[job.lane],
+        "usage": usage(result),
+        "service_tier": SERVICE_TIERS[view.lane],
         "system_fingerprint": None,
     }
 
 
-def usage(counts: Usage | None) -> dict[str, int] | None:
-    """The ``usage`` object."""
-    if counts is None:
-        return None
-    return {
-        "prompt_tokens": counts.prompt_tokens,
-        "completion_tokens": counts.completion_tokens,
-        "total_tokens": counts.prompt_tokens + counts.completion_tokens,
-    }
+def usage(result: Result | None) -> dict[str, int] | None:
+    """The ``usage`` object of a job that has ended."""
+    return result.usage.to_dict() if result and result.usage else None
 
 
 class ChunkWriter:
-    """Writes one stream's server-sent events."""
+    """Writes one stream's server-sent events.
 
-    def __init__(self, job: Job, include_usage: bool) -> None:
+    Each carries ``id: <n>``, n tokens so far, with which a client that was cut off goes on. What follows the last of N
+    tokens has the ids N + 1 (finish reason, or the error), N + 2 (usage) and N + 3 ([DONE]).
+
+    Args:
+        after: the id of the last event that the client has; None: it has none yet.
+    """
+
+    def __init__(self, view: View, after: int | None = None) -> None:
         self._head = orjson.dumps(
             {
-                "id": completion_id(job),
+                "id": view.completion_id,
                 "object": "chat.completion.chunk",
-                "created": int(time.time()),
-                "model": job.model,
-                "service_tier": SERVICE_TIERS[job.lane],
+                "created": view.created,
+                "model": view.model,
+                "service_tier": SERVICE_TIERS[view.lane],
                 "system_fingerprint": None,
             }
         )[:-1]
-        self._usage_field = b',"usage":null' if include_usage else b""
-        self._include_usage = include_usage
-        self._content_open = b"data: " + self._head + b',"choices":[{"index":0,"delta":{"content":'
+        self._after = after
+        self._usage_field = b',"usage":null' if view.include_usage else b""
+        self._include_usage = view.include_usage
+        self._content_open = b"\ndata: " + self._head + b',"choices":[{"index":0,"delta":{"content":'
         self._content_close = b'},"logprobs":null,"finish_reason":null}]' + self._usage_field + b"}\n\n"
 
     def role(self) -> bytes:
-        """The first chunk."""
-        return self._chunk({"role": "assistant", "content": "", "refusal": None}, None)
+        """The first chunk; nothing for a client that has it."""
+        if self._after is not None:
+            return b""
+        return _event(0, self._chunk({"role": "assistant", "content": "", "refusal": None}, None))
 
     def events(self, events: Sequence[Event]) -> bytes:
         """The chunks of some events: text that came together goes out together."""
-        text = "".join(event.text for event in events if isinstance(event, Delta))
-        body = self._content_open + orjson.dumps(text) + self._content_close if text else b""
         last = events[-1]
+        deltas = events[:-1] if isinstance(last, End) else events
+        text = "".join([event.text for event in deltas])  # type: ignore[union-attr]
+        body = b""
+        if text:
+            body = b"id: %d" % deltas[-1].n + self._content_open + orjson.dumps(text) + self._content_close
         return body + self._end(last) if isinstance(last, End) else body
 
     def _end(self, end: End) -> bytes:
         error = end.error()
         if error is not None:
-            return error_event(error)
+            return _event(end.n + 1, orjson.dumps(error.body()))  # no [DONE] follows: the answer is not whole
         result = end.result
-        body = self._chunk({}, result.finish_reason if result else "stop")
+        parts = [(end.n + 1, self._chunk({}, result.finish_reason if result else "stop"))]
         if self._include_usage:
-            counts = orjson.dumps(usage(result.usage if result else None))
-            body += b"data: " + self._head + b',"choices":[],"usage":' + counts + b"}\n\n"
-        return body + DONE
+            counts = orjson.dumps(usage(result))
+            parts.append((end.n + 2, self._head + b',"choices":[],"usage":' + counts + b"}"))
+        parts.append((end.n + 3, b"[DONE]"))
+        return b"".join([_event(n, data) for n, data in parts if self._after is None or n > self._after])
 
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None) -> bytes:
         choice = orjson.dumps({"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason})
-        return b"data: " + self._head + b',"choices":[' + choice + b"]" + self._usage_field + b"}\n\n"
+        return self._head + b',"choices":[' + choice + b"]" + self._usage_field + b"}"
 
 
-def error_event(error: FastchatQError) -> bytes:
-    """An error after the first byte, which the official clients raise. No [DONE] follows: the answer is not whole."""
-    return b"data: " + orjson.dumps(error.body()) + b"\n\n"
+def _event(n: int, data: bytes) -> bytes:
+    return b"id: %d\ndata: %b\n\n" % (n, data)
 
 
-def queue_comment(place: int | None) -> bytes:
+def queue_comment(place: int | None, eta_s: float | None) -> bytes:
     """A comment that keeps a waiting stream alive; clients ignore it, people read it."""
-    return b": waiting for the first token\n\n" if place is None else b": queued position=%d\n\n" % place
+    if place is None:
+        return b": waiting for the first token\n\n"
+    eta = b"" if eta_s is None else b" eta=%.1f" % eta_s
+    return b": queued position=%d%b\n\n" % (place, eta)

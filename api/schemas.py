@@ -137,6 +137,9 @@ class ChatRequest(_Request):
     """Extension, as in vLLM: go on until max_tokens."""
     service_tier: Literal["auto", "default", "flex", "priority"] | None = None
     """``flex`` waits in the batch lane; the others in the interactive one."""
+    on_disconnect: Literal["cancel", "continue"] = "cancel"
+    """Extension: what becomes of the job when the client goes and does not come back. ``continue``: it is done all the
+    same, and its answer waits under ``/v1/jobs/{id}``."""
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

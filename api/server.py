@@ -8,17 +8,23 @@ from types import FrameType
 import structlog
 import uvicorn
 import uvloop
+from redis.asyncio import Redis
 
 from fastchat_q.addresses import check_exposure, check_port_free, http_base
 from fastchat_q.connection import connect
-from fastchat_q.credentials import KEY_FILE, load_or_create_api_key
+from fastchat_q.credentials import KEY_FILE, load_or_create_api_key, load_or_create_pepper
+from fastchat_q.keystore import KeyStore
 from fastchat_q.loops import every
-from fastchat_q.queue import REAP_S, Queue
+from fastchat_q.queue import REAP_S, RECONCILE_S, Queue
 from fastchat_q.registry import HEARTBEAT_S, Registry, process_id
+from fastchat_q.sentinel import FOLLOW_S, follow_master
 from fastchat_q.settings import Settings
 
 from .app import create_app
+from .auth import Authenticator
 from .catalog import Catalog
+from .durability import Durability
+from .limits import Limits
 from .relay import Relay
 from .service import Service
 
@@ -32,17 +38,16 @@ def run(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT; open streams may go on for ``settings.drain_s``.
 
     Raises:
-        ConfigurationError: no authentication on an address that others can reach, or the address is taken.
+        ConfigurationError: no authentication on an address that others can reach, the address is taken, or Redis
+            evicts keys.
     """
     check_exposure(settings)
     check_port_free(settings.host, settings.port)
-    api_key = _api_key(settings)
-    uvloop.run(_serve(settings, api_key))
+    secrets = (_api_key(settings), load_or_create_pepper(settings)) if settings.auth else None
+    uvloop.run(_serve(settings, secrets))
 
 
-def _api_key(settings: Settings) -> str | None:
-    if not settings.auth:
-        return None
+def _api_key(settings: Settings) -> str:
     if settings.api_key is not None:
         return settings.api_key.get_secret_value().strip()
     key, created = load_or_create_api_key(settings.state_dir)
@@ -51,16 +56,28 @@ def _api_key(settings: Settings) -> str | None:
     return key
 
 
-async def _serve(settings: Settings, api_key: str | None) -> None:
+def _authenticator(redis: "Redis", secrets: tuple[str, str] | None) -> Authenticator:
+    if secrets is None:
+        return Authenticator(None, None)
+    api_key, pepper = secrets
+    return Authenticator(KeyStore(redis, pepper), api_key)
+
+
+async def _serve(settings: Settings, secrets: tuple[str, str] | None) -> None:
     url, api_id = settings.resolved_redis_url, process_id("api")
     redis, blocking = connect(url), connect(url, blocking=True)
     catalog, registry, queue = Catalog(redis), Registry(redis), Queue(redis)
-    relay = Relay(redis, blocking, api_id, settings)
-    service = Service(settings, api_key, catalog, relay)
+    relay, limits = Relay(redis, blocking, api_id, settings, catalog.slots), Limits(redis)
+    durability = Durability(redis)
+    service = Service(settings, _authenticator(redis, secrets), catalog, limits, relay, redis, queue, durability)
 
     async def reap() -> None:
         for model in catalog.known():
             await queue.reap(model)
+
+    async def reconcile() -> None:
+        for model in catalog.known():
+            await queue.reconcile(model)
 
     server = uvicorn.Server(
         uvicorn.Config(
@@ -81,12 +98,17 @@ async def _serve(settings: Settings, api_key: str | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _nothing)  # uvicorn raises the signal again when it is done; our loops still have work
     try:
+        await durability.check_at_start()
         async with asyncio.TaskGroup() as duties:
             loops = [
                 duties.create_task(relay.run()),
+                duties.create_task(limits.run()),
                 duties.create_task(catalog.run()),
+                duties.create_task(durability.run()),
                 duties.create_task(every(HEARTBEAT_S, lambda: registry.announce_api(api_id), "heartbeat")),
                 duties.create_task(every(REAP_S, reap, "reap")),
+                duties.create_task(every(RECONCILE_S, reconcile, "reconcile")),
+                duties.create_task(every(FOLLOW_S, lambda: follow_master(redis, blocking), "sentinel")),
             ]
             log.info("serving", url=http_base(settings.host, settings.port), api=api_id, auth=settings.auth)
             await server.serve()

@@ -3,10 +3,15 @@
 from dataclasses import dataclass
 
 from fastapi import Request
+from redis.asyncio import Redis
 
+from fastchat_q.queue import Queue
 from fastchat_q.settings import Settings
 
+from .auth import Authenticator, caller_of
 from .catalog import Catalog
+from .durability import Durability
+from .limits import Limits
 from .relay import Relay
 
 
@@ -15,10 +20,13 @@ class Service:
     """The parts that a request needs."""
 
     settings: Settings
-    api_key: str | None
-    """None: authentication is off."""
+    authenticator: Authenticator
     catalog: Catalog
+    limits: Limits
     relay: Relay
+    redis: "Redis"
+    queue: Queue
+    durability: Durability
 
 
 def service_of(request: Request) -> Service:
@@ -26,3 +34,9 @@ def service_of(request: Request) -> Service:
     service = request.app.state.service
     assert isinstance(service, Service)
     return service
+
+
+def tenant_of(request: Request) -> str | None:
+    """Whose jobs the caller may see; None: everybody's."""
+    caller = caller_of(request)
+    return None if "admin" in caller.scopes else caller.tenant

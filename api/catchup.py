@@ -1,0 +1,202 @@
+"""Reads from records and logs what streams have missed, and mends what Redis itself has lost.
+
+Redis loses what it has acknowledged when it restarts without its data, or when a failover promotes a replica that
+lagged. Then the tokens that a client has are the truth: a job that is gone is submitted again behind them, a log that
+is shorter gets them back. What cannot be continued ends with an error; nothing begins a second time in silence.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from fastchat_q import keys
+from fastchat_q.connection import TRANSIENT
+from fastchat_q.errors import FastchatQError, JobFailedError
+from fastchat_q.events import TERMINAL_STATES, End, Result
+from fastchat_q.queue import Queue, estimate_s
+from fastchat_q.tokens import entry_to_delta, read
+
+from .stream import JobStream
+
+log = structlog.get_logger()
+
+PAGE = 256
+"""Log entries read for a stream at a time."""
+MAX_SHORT_READS = 3
+"""A job has ended, and its log still lacks tokens: once can be chance, this often it is damage."""
+MAX_SUBMISSIONS = 4
+"""A job that vanishes more often than this is reported as lost."""
+FIELDS = ("state", "n", "reason", "result", "lane", "keep_ms")
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What is known of a job in one moment."""
+
+    entries: list[Any]
+    state: str | None
+    n: int
+    reason: str
+    result: bytes | None
+    lane: str | None
+    rank: int | None
+    before: int
+    service_ms: float
+    keep_ms: int
+
+
+class CatchUp:
+    """Called with streams, in batches; one round trip for all of them unless something must be mended.
+
+    Args:
+        slots: how many slots serve a model, by its name or slug.
+    """
+
+    def __init__(self, redis: "Redis", slots: Callable[[str], int]) -> None:
+        self._redis = redis
+        self._queue = Queue(redis)
+        self._slots = slots
+
+    async def __call__(self, streams: list[JobStream]) -> list[JobStream]:
+        """Feeds what the streams have not seen; returns those that need another round."""
+        pipe = self._redis.pipeline(transaction=False)
+        seen = [stream.seen for stream in streams]
+        for stream in streams:
+            names = keys.model_keys(stream.model)
+            pipe.xrange(names.log(stream.job_id), min=f"(0-{stream.seen}", count=PAGE)
+            pipe.hmget(names.job(stream.job_id), list(FIELDS))
+            pipe.zrank(names.waiting(stream.lane), stream.job_id)
+            pipe.zcard(names.waiting("hi"))
+            pipe.hget(names.stat, "service_ms")
+        replies = await pipe.execute(raise_on_error=False)
+        for reply in replies:
+            if isinstance(reply, TRANSIENT):
+                raise reply
+        again = []
+        for i, stream in enumerate(streams):
+            own = replies[5 * i : 5 * i + 5]
+            error = next((reply for reply in own if isinstance(reply, RedisError)), None)
+            if error is not None:  # asked again it would be the same, and keep the others waiting
+                log.error("cannot read a job", job=stream.job_id, error=str(error))
+                self._diverged(stream)
+                continue
+            entries, record, rank, before, service_ms = own
+            state, n, reason, result, lane, keep_ms = record
+            found = _Found(
+                entries,
+                state.decode() if state else None,
+                int(n or 0),
+                (reason or b"").decode(),
+                result,
+                lane.decode() if lane else None,
+                rank,
+                before,
+                float(service_ms or 0),
+                int(keep_ms or 0),
+            )
+            try:
+                if await self._feed(stream, found, seen[i]):
+                    again.append(stream)
+            except (AttributeError, KeyError, TypeError, ValueError):  # somebody else wrote into its record or log
+                log.exception("a job's record or log is damaged", job=stream.job_id)
+                self._diverged(stream)
+        return again
+
+    async def _feed(self, stream: JobStream, found: _Found, seen: int) -> bool:
+        if found.state is None:
+            return await self._submit_again(stream)
+        if found.state in TERMINAL_STATES and len(found.entries) == PAGE:
+            await self._keep(stream, found.keep_ms)
+        if found.state not in TERMINAL_STATES and found.n < seen and stream.submission is not None:
+            return await self._put_back(stream, found)
+        for entry_id, fields in found.entries:
+            if not stream.feed(entry_to_delta(entry_id, fields)):
+                return await self._go_round(stream)
+        self._set_place(stream, found)
+        end = _end(found)
+        if end is not None:
+            stream.over = True
+        if end is not None and not stream.feed(end):  # its last tokens came between the reads, or are on the next page
+            stream.short_reads = 0 if found.entries else stream.short_reads + 1
+            return stream.short_reads < MAX_SHORT_READS or self._diverged(stream)
+        return len(found.entries) == PAGE and not stream.ended
+
+    def _set_place(self, stream: JobStream, found: _Found) -> None:
+        stream.lane = found.lane or stream.lane
+        if found.rank is None or stream.seen > stream.start:
+            stream.place = stream.eta_s = None
+            return
+        stream.place = found.rank + 1 + (found.before if stream.lane == "lo" else 0)
+        slots = self._slots(stream.model)
+        known = found.service_ms and slots
+        stream.eta_s = estimate_s(stream.place, found.service_ms, slots) if known else None
+
+    async def _submit_again(self, stream: JobStream) -> bool:
+        """The record is gone: Redis lost it. The same job goes on behind the tokens that its client has."""
+        submission = stream.submission
+        if submission is not None and stream.submitted < MAX_SUBMISSIONS and not stream.over:
+            stream.submitted += 1
+            log.warning("job lost by redis, submitted again", job=stream.job_id, tokens=stream.seen)
+            try:
+                accepted = await self._queue.enqueue(submission.job, submission.terms, stream.entries() or ())
+            except FastchatQError as error:  # others were faster and filled the queue
+                log.warning("not accepted again", job=stream.job_id, error=error.message)
+            else:
+                if accepted.job_id == stream.job_id:
+                    return True
+        stream.feed(End(0, "lost", "the job record is gone", None))
+        return False
+
+    async def _keep(self, stream: JobStream, keep_ms: int) -> None:
+        """The job has ended, and its reader is pages behind: its time to live begins anew."""
+        names = keys.model_keys(stream.model)
+        pipe = self._redis.pipeline(transaction=False)
+        for name in (names.job(stream.job_id), names.log(stream.job_id)):
+            pipe.pexpire(name, keep_ms)
+        await pipe.execute()
+
+    async def _put_back(self, stream: JobStream, found: _Found) -> bool:
+        """The log has fewer tokens than its client: a failover lost them."""
+        ids, text = await self._whole_log(stream)
+        lost = stream.entries(ids, text)
+        if not lost:
+            return self._diverged(stream)
+        log.warning("log rolled back, tokens put back", job=stream.job_id, logged=len(ids), tokens=stream.seen)
+        await self._queue.restore(stream.model, stream.job_id, len(ids), lost)
+        return True
+
+    async def _go_round(self, stream: JobStream) -> bool:
+        """The log was rolled back and has been written on meanwhile: in other pieces, but the same tokens?"""
+        if stream.submission is not None:
+            rest = stream.ahead(*await self._whole_log(stream))
+            if rest is not None:
+                stream.feed(rest)
+                return True
+        return self._diverged(stream)
+
+    async def _whole_log(self, stream: JobStream) -> tuple[tuple[int, ...], str]:
+        logged = await read(self._redis, stream.model, stream.job_id)
+        return tuple(token for delta in logged for token in delta.ids), "".join(delta.text for delta in logged)
+
+    @staticmethod
+    def _diverged(stream: JobStream) -> bool:
+        log.error("stream cannot be continued", job=stream.job_id, tokens=stream.seen)
+        error = JobFailedError(
+            "The queue lost tokens that you have received, and the answer took another course. Send the request again.",
+            code="stream_diverged",
+        )
+        stream.feed(End(0, "failed", "diverged", Result.from_error(error)))
+        return False
+
+
+def _end(found: _Found) -> End | None:
+    """The terminal event that a job record stands for, if it has ended."""
+    if found.state not in TERMINAL_STATES or found.state is None:
+        return None
+    decoded = Result.from_dict(orjson.loads(found.result)) if found.result else None
+    return End(found.n, found.state, found.reason, decoded)

@@ -1,0 +1,96 @@
+"""``/v1/jobs``: look at a job, go on reading it, cancel it. Extensions: OpenAI's API has no such thing for a chat."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import Response
+
+from fastchat_q.errors import InvalidRequestError, JobNotFoundError
+from fastchat_q.keys import parse_public_job_id
+from fastchat_q.records import read_record
+
+from .render import ChunkWriter, View, to_json
+from .service import Service, service_of, tenant_of
+from .streaming import JobStreamResponse, sse
+
+router = APIRouter(tags=["jobs"])
+
+CANCELLED = "cancelled by request"
+LastEventId = Annotated[str | None, Header(description="The id of the last event that came.")]
+StartingAfter = Annotated[
+    int | None, Query(ge=0, lt=2**31, description="The same as Last-Event-ID, for clients without it.")
+]
+MAX_EVENT_ID_DIGITS = 9
+"""No job has so many tokens; a greater number would be no id that Redis can look for."""
+
+
+@router.get("/v1/jobs/{job_id}", summary="Retrieve a job")
+async def retrieve_job(job_id: str, request: Request) -> Response:
+    """State, place in the queue, estimated wait, and every attempt so far."""
+    return _reply(await _job(service_of(request), job_id, tenant_of(request)))
+
+
+@router.post("/v1/jobs/{job_id}/cancel", summary="Cancel a job")
+async def cancel_job(job_id: str, request: Request) -> Response:
+    """Ends a waiting or running job at once; one that has ended stays as it is."""
+    service, tenant = service_of(request), tenant_of(request)
+    await _job(service, job_id, tenant)  # 404 for what is not the caller's
+    await service.queue.cancel(*_parse(job_id), CANCELLED)
+    return _reply(await _job(service, job_id, tenant))
+
+
+@router.get(
+    "/v1/jobs/{job_id}/events",
+    summary="Stream a job",
+    responses={200: {"description": "Server-sent events, as the request that made the job gets them with `stream`."}},
+)
+async def stream_job(
+    job_id: str, request: Request, last_event_id: LastEventId = None, starting_after: StartingAfter = None
+) -> Response:
+    """Continues behind an event, or starts from the beginning; on any server, as often as wanted, while it is kept."""
+    service = service_of(request)
+    model, name = _parse(job_id)
+    after = _event_id(last_event_id) if starting_after is None else starting_after
+    stream = await service.relay.follow(model, name, after or 0, tenant_of(request))
+
+    def leave() -> None:
+        service.relay.leave(stream, service.settings.disconnect_grace_s)
+
+    try:
+        first = await stream.take(service.settings.queue_comment_after_s)
+    except BaseException:
+        leave()
+        raise
+    chunks = sse(stream, first, ChunkWriter(View.from_json(stream.view), after))
+    return JobStreamResponse(stream, leave, chunks, {"x-job-id": job_id}, service.settings.drain_s)
+
+
+async def _job(service: Service, public_id: str, tenant: str | None) -> dict[str, Any]:
+    model, name = _parse(public_id)
+    record = await read_record(service.redis, model, name, slots=service.catalog.slots(model))
+    if record is None or tenant not in (None, record.tenant):
+        raise JobNotFoundError(public_id)
+    return record.to_dict()
+
+
+def _reply(job: dict[str, Any]) -> Response:
+    return Response(to_json(job), headers={"x-job-id": job["id"]}, media_type="application/json")
+
+
+def _parse(public_id: str) -> tuple[str, str]:
+    parsed = parse_public_job_id(public_id)
+    if parsed is None:
+        raise JobNotFoundError(public_id)
+    return parsed
+
+
+def _event_id(header: str | None) -> int | None:
+    if header is None:
+        return None
+    if not header.isdecimal() or len(header) > MAX_EVENT_ID_DIGITS:
+        raise InvalidRequestError(
+            f"The header Last-Event-ID is {header[:80]!r}; event ids are whole numbers of at the most "
+            f"{MAX_EVENT_ID_DIGITS} digits.",
+            code="invalid_event_id",
+        )
+    return int(header)

@@ -1,0 +1,172 @@
+"""The events of one job for one reader: in order, each once, and never more than a bounded number waiting.
+
+A reader that is slower than the job gets its events from the token log, page by page, as it comes for them: what does
+not fit here is dropped, and fetched when there is room.
+"""
+
+import asyncio
+import contextlib
+import io
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastchat_q.events import Delta, End, Event, Usage, encode_payload
+from fastchat_q.jobs import Job
+from fastchat_q.queue import LogEntry, Terms
+
+MAX_BACKLOG = 256
+"""Events that wait for the reader at the most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What is needed to submit a job once more, if Redis loses it."""
+
+    job: Job
+    terms: Terms
+
+
+class JobStream:
+    """One reader's view of a job.
+
+    Args:
+        model: served name, or its slug.
+        after: tokens that the reader has already.
+        submission: of a job that this process has submitted; None for one that is only followed.
+        now: of the event loop's clock.
+        drained: called when the reader has taken everything and more is in the log.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        job_id: str,
+        after: int,
+        submission: Submission | None,
+        now: float,
+        drained: Callable[["JobStream"], None],
+    ) -> None:
+        self.model, self.job_id, self.submission = model, job_id, submission
+        self.start = self.seen = after
+        """Tokens received so far, those before ``start`` included."""
+        self.view = b""
+        """What the job record says of how its answer looks, for a job that is only followed."""
+        self.accepted = False
+        """The queue has the job: from now on a missing record means that Redis lost it."""
+        self.ended = False
+        self.over = False
+        """The job has ended, though its end may not be read yet."""
+        self.lane: str = submission.job.lane if submission else "hi"
+        self.place: int | None = None
+        """Place in the queue, from 1; None: not waiting, or not known yet."""
+        self.eta_s: float | None = None
+        """Estimated seconds until it is served."""
+        self.usage: Usage | None = None
+        """What the job used, once it has ended."""
+        self.heard = now
+        self.full = False
+        """Events were dropped because the reader is slow; they are in the log."""
+        self.submitted = 1
+        self.short_reads = 0
+        """How often in a row the log of the ended job lacked tokens."""
+        self.reader: asyncio.Task[object] | None = None
+        """The task that writes to the client, which a stalled client keeps waiting."""
+        self.stalled = False
+        self._takes = self._takes_before = 0
+        self._waiting_s = 0.0
+        self._events: list[Event] = []
+        self._some = asyncio.Event()
+        self._drained = drained
+        self._ids = array("Q")
+        self._text = io.StringIO()
+        self._marks = array("Q")  # (tokens, characters) at the end of each event
+
+    def feed(self, event: Event) -> bool:
+        """Takes an event in, from the channel or the log. False: tokens before it are missing, read the log."""
+        if self.ended or self.full:
+            return True
+        if len(self._events) >= MAX_BACKLOG:
+            self.full = True
+            return True
+        if isinstance(event, Delta):
+            if event.n <= self.seen:
+                return True
+            if event.n - event.k != self.seen and not (event.n - event.k < self.seen == self.start):
+                return False
+            self.seen = event.n
+            if self.submission is not None:
+                self._ids.extend(event.ids)
+                self._text.write(event.text)
+                self._marks.extend((event.n, self._text.tell()))
+        else:
+            if event.n > self.seen:
+                return False
+            self.ended = True
+            self.usage = event.result.usage if event.result else None
+        self.place = None
+        self._events.append(event)
+        self._some.set()
+        return True
+
+    async def take(self, timeout_s: float | None = None) -> list[Event]:
+        """All events that are there; waits for the first, at the most ``timeout_s`` (then the list is empty)."""
+        self._takes += 1
+        if not self._events:
+            if self.full:
+                self.full = False
+                self._drained(self)
+            self._some.clear()
+            if timeout_s is None:  # the hot path: a timeout costs as much as the rest of this function
+                await self._some.wait()
+            else:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(timeout_s):
+                        await self._some.wait()
+        events, self._events = self._events, []
+        return events
+
+    async def collect(self) -> tuple[list[Event], End]:
+        """Everything, once the job has ended."""
+        events: list[Event] = []
+        while True:
+            events += await self.take()
+            if isinstance(last := events[-1], End):
+                return events, last
+
+    @property
+    def backlog(self) -> int:
+        """Events that the reader has not taken yet."""
+        return len(self._events)
+
+    def entries(self, ids: tuple[int, ...] = (), text: str = "") -> list[LogEntry] | None:
+        """What was received behind ``ids`` and ``text``, as the log had it; None if it was something else.
+
+        In the same pieces: a client that comes back with the id of any of its events gets the exact rest.
+        """
+        mine, said = tuple(self._ids), self._text.getvalue()
+        if mine[: len(ids)] != ids or not said.startswith(text):
+            return None
+        found: list[LogEntry] = []
+        at, read = len(ids), len(text)
+        for n, length in zip(self._marks[::2], self._marks[1::2], strict=True):
+            if n > at:
+                found.append((n, n - at, encode_payload(mine[at:n], said[read:length])))
+                at, read = n, max(length, read)
+        return found
+
+    def ahead(self, ids: tuple[int, ...], text: str) -> Delta | None:
+        """What ``ids`` and ``text``, all tokens of the log, have beyond what was received; None if they differ."""
+        mine, said = tuple(self._ids), self._text.getvalue()
+        if ids[: len(mine)] != mine or not text.startswith(said):
+            return None
+        return Delta(len(ids), len(ids) - len(mine), ids[len(mine) :], text[len(said) :])
+
+    def watch(self, period_s: float, limit_s: float) -> None:
+        """Called every ``period_s``: gives a reader up that took nothing for ``limit_s`` while events wait for it."""
+        moved = self._takes != self._takes_before or not self.backlog
+        self._takes_before = self._takes
+        self._waiting_s = 0.0 if moved else self._waiting_s + period_s
+        if self._waiting_s >= limit_s and self.reader is not None and not self.stalled:
+            self.stalled = True
+            self.reader.cancel()
