@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from fastchat_q.workers.active import Links
 from redis.asyncio import Redis
 
 from fastchat_q.connection import connect
 
 from .http_client import Connection
-from .stack import RedisServer, Stack, running_stack
+from .servers import RedisServer
+from .stack import Stack, running_stack
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +40,7 @@ def redis_server(short_folder: Path) -> Iterator[RedisServer]:
     folder.mkdir()
     server = RedisServer(folder)
     yield server
-    server.kill()
+    server.close()
 
 
 @pytest.fixture
@@ -56,6 +58,14 @@ async def blocking_redis(redis_server: RedisServer) -> AsyncIterator["Redis"]:
     client = connect(redis_server.url, blocking=True)
     yield client
     await client.aclose()
+
+
+@pytest.fixture
+async def links(redis_server: RedisServer) -> AsyncIterator[Links]:
+    """A worker's clients on the same server."""
+    clients = Links.to(redis_server.url)
+    yield clients
+    await clients.aclose()
 
 
 @pytest.fixture

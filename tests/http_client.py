@@ -1,5 +1,6 @@
 """Raw HTTP for tests: what the official client would not send, and the bytes it would not show."""
 
+import contextlib
 import json
 import socket
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ class Connection:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=30)
         self.all_open.append(self)
         self._buffer = b""
+        self.ids: list[int] = []
+        """The ids of the events so far."""
 
     def send(
         self, body: Any, *, path: str = CHAT, method: str = "POST", headers: dict[str, str | None] | None = None
@@ -67,12 +70,16 @@ class Connection:
         return int(status.split()[1]), {k.lower(): v for k, v in (line.split(": ", 1) for line in lines)}
 
     def events(self) -> Iterator[str]:
-        """The blocks of an event stream, comments included, as they come."""
+        """The blocks of an event stream, comments included, as they come; the ids go to `ids`."""
         text = b""
         for part in self._chunks():
             text += part
             while b"\n\n" in text:
                 block, _, text = text.partition(b"\n\n")
+                block = block.removeprefix(b": ping\n")
+                if block.startswith(b"id: "):
+                    event_id, _, block = block.removeprefix(b"id: ").partition(b"\n")
+                    self.ids.append(int(event_id))
                 yield block.decode()
 
     def reply(self) -> Reply:
@@ -85,8 +92,18 @@ class Connection:
             self._buffer += self._receive()
         return Reply(status, headers, self._buffer[:size])
 
+    def rest(self) -> bytes:
+        """What has come behind the head, undecoded."""
+        return self._buffer
+
     def close(self) -> None:
         """Hangs up."""
+        self.socket.close()
+
+    def hang_up(self) -> None:
+        """The same while another thread reads: it is woken."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
 
     def _chunks(self) -> Iterator[bytes]:

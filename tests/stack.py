@@ -1,81 +1,38 @@
-"""Real processes for tests: an embedded Redis server, API servers, workers; each waits for a fact, never for a time."""
+"""Real processes for tests: API servers and workers around a Redis server; each waits for a fact, never for a time."""
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import openai
-import redis as sync_redis
 
 from fastchat_q import keys
-from fastchat_q.embedded import server_binary, server_command
+
+from .servers import RedisServer, free_port, wait_until
 
 API_KEY = "sk-fcq-tests-only"
 STARTUP_S = 60.0
 
 
-def wait_until(fact: Callable[[], object], what: str, timeout_s: float = 30.0) -> None:
-    """Polls until ``fact()`` is true; fails naming ``what``."""
-    deadline = time.monotonic() + timeout_s
-    while not fact():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout_s:g} s: {what}")
-        time.sleep(0.01)
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class RedisServer:
-    """An embedded server of its own, as ``fastchat-q up`` starts it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.socket = folder / "r.sock"
-        self.url = f"unix://{self.socket}"
-        self.process = self._start()
-
-    def client(self) -> "sync_redis.Redis":
-        """A blocking client that decodes replies."""
-        return sync_redis.Redis.from_url(self.url, decode_responses=True)
-
-    def kill(self) -> None:
-        """kill -9."""
-        self.process.kill()
-        self.process.wait()
-
-    def restart(self) -> None:
-        """Starts it again on the same data."""
-        self.socket.unlink(missing_ok=True)
-        self.process = self._start()
-
-    def _start(self) -> "subprocess.Popen[bytes]":
-        command = server_command(server_binary(), self.folder, self.socket)
-        with (self.folder / "redis.log").open("ab") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
-        with self.client() as client:
-            wait_until(lambda: _pings(client), "redis answers")
-        return process
-
-
 class Process:
-    """A fastchat-q command under test."""
+    """A fastchat-q command under test, or another module that is run as one."""
 
-    def __init__(self, log: Path, *arguments: str, **environment: str) -> None:
+    def __init__(
+        self,
+        log: Path,
+        *arguments: str,
+        module: str = "fastchat_q.cli",
+        prefix: Sequence[str] = (),
+        **environment: str,
+    ) -> None:
         self.log = log
-        command = [sys.executable, "-m", "fastchat_q.cli", *arguments]
+        command = [*prefix, sys.executable, "-m", module, *arguments]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("FASTCHAT_Q_")}
         with log.open("ab") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=output, env={**clean, **environment})
@@ -126,25 +83,53 @@ class Stack:
         self.base = f"http://127.0.0.1:{self.port}"
         self.api = self.start_api(self.port)
 
-    def start_api(self, port: int, *arguments: str, **environment: str) -> Process:
-        """An API server on ``port``, listening when this returns."""
-        values = {"FASTCHAT_Q_API_KEY": API_KEY, **environment}
-        api = self._spawn(f"api-{port}", "serve", "--port", str(port), *arguments, **values)
-        wait_until(lambda: not api.alive or answers(f"http://127.0.0.1:{port}/healthz"), "the API answers", STARTUP_S)
+    def start_api(
+        self, port: int, *arguments: str, host: str = "127.0.0.1", prefix: Sequence[str] = (), **environment: str
+    ) -> Process:
+        """An API server on ``port``, listening when this returns. ``prefix``: the words before its command line."""
+        values = {
+            "FASTCHAT_Q_API_KEY": API_KEY,
+            "FASTCHAT_Q_HOST": host,
+            "FASTCHAT_Q_DISCONNECT_GRACE_S": "0.5",
+            **environment,
+        }
+        api = self.start(f"api-{port}", "serve", "--port", str(port), *arguments, prefix=prefix, **values)
+        wait_until(lambda: not api.alive or answers(f"http://{host}:{port}/healthz"), "the API answers", STARTUP_S)
         assert api.alive, api.output()
         return api
 
-    def start_worker(self, *arguments: str) -> Process:
-        """A worker, registered when this returns."""
-        worker = self._spawn(f"worker-{len(self.processes)}", "worker", *arguments)
+    def start_worker(
+        self, *arguments: str, supervised: bool = False, prefix: Sequence[str] = (), **environment: str
+    ) -> Process:
+        """A worker that serves when this returns: the engine's process, or with ``supervised`` its supervisor.
+
+        ``prefix``: the words before its command line.
+        """
+        flags = [] if supervised else ["--no-supervise"]
+        name = f"worker-{len(self.processes)}"
+        worker = self.start(name, "worker", *flags, *arguments, prefix=prefix, **environment)
         wait_until(lambda: not worker.alive or self.registered(worker.pid), "the worker registers", STARTUP_S)
         assert worker.alive, worker.output()
         wait_until(lambda: self._is_served(worker.pid), "the API knows the worker")
         return worker
 
     def registered(self, pid: int) -> bool:
-        """Whether the worker with this pid is in the registry."""
-        return any(self.redis.hget(name, "pid") == str(pid) for name in self.redis.scan_iter(keys.worker("*")))
+        """Whether the worker with this pid, or the engine's process under it, serves."""
+        entry = self.registration(pid)
+        return entry is not None and entry["state"] in ("serving", "draining")
+
+    def registration(self, pid: int) -> dict[str, str] | None:
+        """The entry of the worker with this pid; of a supervisor: that of its engine's process, or else its own."""
+        entries = [self.redis.hgetall(name) for name in self.redis.scan_iter(keys.worker("*"))]
+        ours = [entry for entry in entries if str(pid) in (entry.get("pid"), entry.get("supervisor"))]
+        return max(ours, key=lambda entry: entry["pid"] != str(pid), default=None)
+
+    def engine_pid(self, supervisor: Process) -> int:
+        """The pid of the engine's process that a supervisor runs and that serves."""
+        entry = self.registration(supervisor.pid)
+        assert entry is not None, "it is not there"
+        assert entry["pid"] != str(supervisor.pid), "it does not serve"
+        return int(entry["pid"])
 
     def client(self, port: int | None = None) -> openai.OpenAI:
         """The official client, unmodified; without its retries, which would hide failures."""
@@ -172,14 +157,14 @@ class Stack:
         self.redis.close()
 
     def _is_served(self, pid: int) -> bool:
-        name = next(n for n in self.redis.scan_iter(keys.worker("*")) if self.redis.hget(n, "pid") == str(pid))
-        card = self.redis.hget(name, "card") or ""
+        card = (self.registration(pid) or {}).get("card", "")
         return any(f'"name":"{model.id}"' in card for model in self.client().models.list())
 
-    def _spawn(self, name: str, *arguments: str, **environment: str) -> Process:
+    def start(self, name: str, *arguments: str, prefix: Sequence[str] = (), **environment: str) -> Process:
+        """Any command of fastchat-q on this stack's Redis; ``name`` is for its log."""
         log = self.folder / f"{name}.log"
-        values = {"FASTCHAT_Q_REDIS_URL": self.server.url, "FASTCHAT_Q_STATE_DIR": str(self.folder), **environment}
-        process = Process(log, *arguments, **values)
+        values = {**self.server.environment(), "FASTCHAT_Q_STATE_DIR": str(self.folder), **environment}
+        process = Process(log, *arguments, prefix=prefix, **values)
         self.processes.append(process)
         return process
 
@@ -195,7 +180,7 @@ def running_stack(folder: Path) -> Iterator[Stack]:
     finally:
         if stack is not None:
             stack.close()
-        server.kill()
+        server.close()
 
 
 def answers(url: str) -> bool:
@@ -204,11 +189,4 @@ def answers(url: str) -> bool:
         with urllib.request.urlopen(url, timeout=2) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
-        return False
-
-
-def _pings(client: "sync_redis.Redis") -> bool:
-    try:
-        return bool(client.ping())
-    except sync_redis.RedisError:
         return False

@@ -11,7 +11,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from fastchat_q import keys
 
 from .http_client import CHAT, Connection, get, post
-from .stack import Stack, wait_until
+from .servers import wait_until
+from .stack import Stack
 
 HELLO = [{"role": "user", "content": "the quick  brown 🦊 jumps\nüber"}]
 TEXT = HELLO[0]["content"]

@@ -20,7 +20,7 @@ from fastchat_q.embedded import durability_findings, server_binary
 from fastchat_q.registry import ModelCard, Registration, Registry
 from fastchat_q.settings import Settings
 
-from .stack import RedisServer
+from .servers import RedisServer
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "compose.yaml").read_text()

@@ -11,8 +11,9 @@ from fastchat_q import keys
 from fastchat_q.queue import Queue
 from fastchat_q.registry import ModelCard, Registration, Registry
 
-from .stack import Process, RedisServer, wait_until
-from .test_queue import MODEL, NAMES, claim, enqueue, expire_lease
+from .protocol import MODEL, NAMES, claim, enqueue, expire_lease, finish
+from .servers import RedisServer, wait_until
+from .stack import Process
 
 
 async def serve_model(redis: "Redis") -> None:
@@ -26,15 +27,17 @@ async def test_a_tick_reaps_queues_that_nobody_looks_after(redis: "Redis") -> No
     await enqueue(queue)
     await claim(queue)
     await expire_lease(redis)
-    assert await orchestrator.housekeeping({"client": redis}) == {"consumers_removed": 0, "reaped": 1}
+    assert await orchestrator.housekeeping({"client": redis}) == {"consumers_removed": 0, "reaped": 1, "mended": 0}
 
 
 async def test_a_tick_removes_long_idle_consumers_but_never_one_with_pending_entries(redis: "Redis") -> None:
     await serve_model(redis)
     queue = Queue(redis)
-    await enqueue(queue, 1)
+    for number in (1, 2):
+        await enqueue(queue, number)
     await claim(queue, "busy")
-    await claim(queue, "idle")
+    [held] = await claim(queue, "idle")
+    await finish(redis, held, 0)
     names = [c["name"] for c in await redis.xinfo_consumers(NAMES.stream("hi"), keys.GROUP)]
     assert sorted(names) == [b"busy", b"idle"]
     removed = await orchestrator._remove_idle_consumers(redis, NAMES.stream("hi"), idle_ms=-1)
@@ -46,8 +49,8 @@ async def test_a_tick_removes_long_idle_consumers_but_never_one_with_pending_ent
 async def test_the_process_ticks_at_once_says_that_it_lives_and_pickles_nothing(
     redis: "Redis", redis_server: RedisServer, folder: Path
 ) -> None:
-    process = Process(folder / "log", "orchestrator", FASTCHAT_Q_REDIS_URL=redis_server.url)
-    with redis_server.client() as client:
+    process = Process(folder / "log", "orchestrator", **redis_server.environment())
+    with redis_server.orchestrator_client() as client:
         wait_until(lambda: "housekeeping" in process.output(), "a tick")
         wait_until(lambda: client.exists(keys.ORCHESTRATOR_HEALTH), "the health line")
         for name in client.scan_iter("arq:job:*"):

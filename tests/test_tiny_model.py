@@ -7,7 +7,8 @@ import openai
 import pytest
 
 from .http_client import post
-from .stack import Stack, wait_until
+from .servers import wait_until
+from .stack import Stack
 
 QUESTIONS = [
     "Hello!",

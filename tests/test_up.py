@@ -18,7 +18,8 @@ import pytest
 import redis as sync_redis
 
 from .http_client import get
-from .stack import Process, RedisServer, answers, free_port, wait_until
+from .servers import CHOSEN, SINGLE, RedisServer, free_port, wait_until
+from .stack import Process, answers
 
 START_S = 60.0
 
@@ -31,7 +32,8 @@ class Up:
         self.port = port or free_port()
         self.state_dir = folder / "state"
         flags = ["--state-dir", str(self.state_dir), "--port", str(self.port), *arguments]
-        self.process = Process(folder / f"up-{self.port}-{time.monotonic_ns()}.log", "up", *flags, **environment)
+        values = {"FASTCHAT_Q_REDIS_SERVER": str(CHOSEN.binary()), **environment}
+        self.process = Process(folder / f"up-{self.port}-{time.monotonic_ns()}.log", "up", *flags, **values)
 
     def ready(self) -> "Up":
         """Waits for the line that comes last."""
@@ -50,7 +52,7 @@ class Up:
                 words = child.cmdline()
             except psutil.Error:
                 continue  # it is just ending
-            if words and "valkey" in words[0]:
+            if words and re.search("(valkey|redis)-server", words[0]):
                 found["redis"] = child
             elif "fastchat_q.cli" in words and words[3] != "up":  # between fork and exec it still looks like its parent
                 found[words[3]] = child
@@ -167,7 +169,7 @@ def test_an_orphaned_embedded_server_is_ended_by_the_next_up(ups: list[Up], fold
     """As on systems without a parent-death signal: the server outlives its up."""
     state_dir = folder / "state"
     (state_dir / "redis").mkdir(parents=True)
-    orphan = RedisServer(state_dir / "redis")
+    orphan = RedisServer(state_dir / "redis", SINGLE)
     (state_dir / "redis.sock").symlink_to(orphan.socket)
     with orphan.client() as client:
         client.set("kept", "yes")
@@ -188,6 +190,14 @@ def test_a_child_that_is_killed_comes_back(ups: list[Up], folder: Path, part: st
     messages = [{"role": "user", "content": "still here"}]
     with up.client() as client:
         wait_until(lambda: completes(client, messages), "a chat completes")
+
+
+def test_a_crash_of_the_engine_is_said_with_its_reason(ups: list[Up], folder: Path) -> None:
+    up = start(ups, folder, *ECHO).ready()
+    [engine] = up.children()["worker"].children()
+    engine.kill()
+    wait_until(lambda: "✘ worker        killed by SIGKILL (out of memory?); starts again" in up.output(), "it is said")
+    wait_until(lambda: up.children()["worker"].children(), "it runs again")
 
 
 def answers_at(port: int) -> bool:
@@ -227,7 +237,7 @@ def test_an_existing_server_is_used_and_its_settings_are_checked_aloud(
         client.config_set("appendonly", "no")
         client.config_set("maxmemory", "0")
         try:
-            up = start(ups, folder, *ECHO, "--redis-url", redis_server.url).ready()
+            up = start(ups, folder, *ECHO, "--redis-url", redis_server.url, **redis_server.environment()).ready()
         finally:
             client.config_set("appendonly", "yes")
     assert "! redis         appendonly is no: a restart of Redis loses every accepted job" in up.output()
@@ -240,7 +250,7 @@ def test_a_server_that_evicts_is_refused(ups: list[Up], folder: Path, redis_serv
         client.config_set("maxmemory", "100mb")
         client.config_set("maxmemory-policy", "allkeys-lru")
         try:
-            up = start(ups, folder, *ECHO, "--redis-url", redis_server.url)
+            up = start(ups, folder, *ECHO, "--redis-url", redis_server.url, **redis_server.environment())
             assert up.process.wait() == 2
         finally:
             client.config_set("maxmemory-policy", "noeviction")
@@ -298,7 +308,7 @@ def test_redis_commands_reach_the_server_of_the_state_directory(ups: list[Up], f
     ran = subprocess.run(
         [*command, "XINFO", "GROUPS", "fq:{echo}:s:hi"], capture_output=True, text=True, env=environment
     )
-    assert '"lag"' in ran.stdout
+    assert '"pending"' in ran.stdout
     ran = subprocess.run([*command, "NONSENSE"], capture_output=True, text=True, env=environment, timeout=30)
     assert (ran.returncode, ran.stdout[:7]) == (1, "(error)")
     watching = subprocess.Popen([*command, "PSUBSCRIBE", "fq:inbox:*"], stdout=subprocess.PIPE, env=environment)

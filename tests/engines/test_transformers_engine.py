@@ -68,7 +68,7 @@ class Forwards:
             self.decode_rows.append(ids.shape[0])
         if self.failing == kind:
             self.failing = ""
-            raise RuntimeError("simulated: out of memory")
+            raise RuntimeError("simulated: a broken kernel")
 
 
 def watch(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> Forwards:
@@ -389,7 +389,7 @@ def test_a_failing_decode_step_fails_those_rows_and_the_engine_serves_the_next(
     for answer in driver.wait("a", "b"):
         error = error_of(answer)
         assert isinstance(error, JobFailedError)
-        assert "simulated: out of memory" in error.message
+        assert "simulated: a broken kernel" in error.message
         assert error.code == "engine_error"
     [after] = driver.run(job("c", question(3), max_tokens=10))
     assert after.ids == generated(llama.model, prompt_ids(tokenizer, question(3)), 10)

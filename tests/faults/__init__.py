@@ -1,0 +1,1 @@
+"""Fault tests: README.md has the table row -> test."""

@@ -1,0 +1,134 @@
+"""Bodies, records and streams that make no sense; no worker, rolling restarts, very many jobs."""
+
+import asyncio
+import json
+import signal
+from typing import Any
+
+from fastchat_q import keys
+from fastchat_q.connection import connect
+from fastchat_q.jobs import Job
+from fastchat_q.queue import REAP_LIMIT, Queue, Taken, Terms
+from tests.http_client import get, post
+from tests.stack import Stack, wait_until
+
+from .kit import LONG, WORDS, Recorder, assert_log_is, assert_queue_is_clean, echo_worker, frozen
+
+SLOW_US = 20_000
+MANY = 20_000
+
+
+def slow_calls(stack: Stack) -> list[Any]:
+    """Commands that blocked Redis for longer than 20 ms; one such may be the machine's, which may stop a process."""
+    return [entry for entry in stack.redis.slowlog_get(1000) if entry["duration"] > SLOW_US]
+
+
+def watch_slow_calls(stack: Stack) -> None:
+    stack.redis.config_set("slowlog-log-slower-than", SLOW_US)
+    stack.redis.slowlog_reset()
+
+
+def question(text: str) -> dict[str, Any]:
+    return {"model": "echo", "messages": [{"role": "user", "content": text}], "max_tokens": 1}
+
+
+def test_row_26_a_body_of_8_mb_is_413_and_one_of_1_mb_does_not_hold_redis_up(stack: Stack) -> None:
+    echo_worker(stack)
+    watch_slow_calls(stack)
+    raw = json.dumps(question("x" * 8_000_000)).encode()
+    chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(raw), raw)
+    unsized = post(stack.port, chunks, headers={"content-length": None, "transfer-encoding": "chunked"})
+    for reply in (post(stack.port, raw), unsized):
+        assert (reply.status, reply.error()["code"]) == (413, "request_too_large")
+        assert "1048576" in reply.error()["message"]
+    assert stack.job_keys("echo") == [], "nothing came to Redis"
+    body = question("x" * 1_048_000)
+    assert 1024 * 1024 - 1000 < len(json.dumps(body)) <= 1024 * 1024
+    for _ in range(10):
+        assert post(stack.port, body).status == 200
+    assert len(slow_calls(stack)) <= 1
+
+
+def test_row_27_foreign_entries_and_broken_records_are_dropped_and_the_worker_lives(stack: Stack) -> None:
+    worker = echo_worker(stack)
+    names = keys.model_keys("echo")
+    with frozen(worker.pid):
+        for fields in ({"x": "y", "j": "nobody"}, {"j": ""}, {b"\xff": b"\x00\xff"}):
+            stack.redis.xadd(names.stream("hi"), fields)
+        broken = [Recorder(stack.port) for _ in range(3)]
+        wait_until(lambda: stack.live("echo") == 3, "they are queued")
+        records = [name for name in stack.job_keys("echo") if ":j:" in name]
+        for name, spec in zip(records, ("{not json", "[]", '{"id":"x","model":7}'), strict=True):
+            stack.redis.hset(name, "spec", spec)
+        stack.redis.publish(keys.inbox("nobody"), "what")
+        for channel in stack.redis.pubsub_channels(keys.inbox("*")):
+            stack.redis.publish(channel, b"no line\n\xff\n" + b"a b c d")
+    for name in records:
+        wait_until(lambda name=name: stack.redis.hget(name, "state") == "failed", "it fails alone")
+    for stream in broken:
+        stream.close()
+    fine = Recorder(stack.port)
+    assert fine.finish().split() == WORDS
+    assert worker.alive
+    assert_queue_is_clean(stack, "echo")
+
+
+def test_row_33_without_a_worker_a_request_is_503_at_once_and_an_unknown_model_404(stack: Stack) -> None:
+    worker = echo_worker(stack)
+    assert worker.stop() == 0
+    wait_until(lambda: get(stack.port, "/readyz").status == 503, "not ready")
+    reply = post(stack.port, LONG)
+    assert (reply.status, reply.error()["code"]) == (503, "no_worker")
+    assert reply.headers["retry-after"]
+    assert post(stack.port, {**LONG, "model": "other"}).status == 404
+    assert stack.live("echo") == 0
+
+
+def test_row_38_a_rolling_restart_of_two_workers_under_load_fails_no_stream(stack: Stack) -> None:
+    old = [echo_worker(stack, "--drain-s", "0.2") for _ in range(2)]
+    streams = [Recorder(stack.port) for _ in range(8)]
+    for stream in streams:
+        stream.wait_words(20)
+    for worker in old:
+        echo_worker(stack, "--drain-s", "0.2")
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+        assert not stack.registered(worker.pid)
+        streams.append(Recorder(stack.port))
+    for stream in streams:
+        assert stream.finish().split() == WORDS
+        assert_log_is(stack, "echo", stream)
+        record = keys.model_keys("echo").job(str(stream.job_id))
+        assert stack.redis.hget(record, "deaths") == "0", "handed over, not lost"
+    assert_queue_is_clean(stack, "echo")
+
+
+async def test_row_42_with_very_many_live_jobs_no_script_holds_redis_up(stack: Stack) -> None:
+    """20 000 live jobs, 2 000 of them running with a lease that is over."""
+    redis = connect(stack.server.url)
+    queue, names = Queue(redis), keys.model_keys("many")
+    watch_slow_calls(stack)
+
+    async def submit(first: int) -> None:
+        for number in range(first, first + MANY // 16):
+            job = Job(id=f"J{number:025}", model="many", messages=LONG["messages"])
+            await queue.enqueue(job, Terms(max_waiting=MANY))
+
+    async def take(worker: str) -> Taken:
+        return await queue.claim("many", worker, running=0, lanes=[("hi", 64)], nonce=worker)
+
+    await asyncio.gather(*(submit(first) for first in range(0, MANY, MANY // 16)))
+    assert stack.live("many") == MANY
+    while await redis.zcard(names.lease) < 2000:
+        assert (await take("w-1")).claims
+    claimed = await redis.zrange(names.lease, 0, -1)
+    await redis.zadd(names.lease, dict.fromkeys(claimed, 1))
+    reaped = 0
+    while (done := (await queue.reap("many")).handed_back) > 0:
+        assert done <= REAP_LIMIT
+        reaped += done
+    assert reaped == len(claimed)
+    assert len((await take("w-2")).claims) == 64
+    await queue.cancel("many", f"J{MANY - 1:025}", "test")
+    assert len(slow_calls(stack)) <= 1, slow_calls(stack)
+    await redis.aclose()

@@ -1,0 +1,219 @@
+"""Requests and tokens a minute: the buckets against a real server, and what a client of a limited key sees."""
+
+import itertools
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from fastchat_q.api.limits import Limits, Reservation
+from fastchat_q.api.schemas import ChatRequest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from redis.asyncio import Redis
+
+from fastchat_q import keys, scripts
+from fastchat_q.errors import RateLimitError
+from fastchat_q.events import Usage
+from fastchat_q.jobs import Job
+from fastchat_q.tenants import Caller
+
+from .http_client import Connection, post
+from .stack import RedisServer, Stack, wait_until
+
+MINUTE_US = 60_000_000
+numbers = itertools.count()
+
+
+def caller(**limits: int) -> Caller:
+    return Caller(key_id=f"key_{next(numbers)}", tenant="t", scopes=frozenset({"inference"}), **limits)
+
+
+def request(characters: int = 4, **fields: Any) -> Job:
+    return ChatRequest(model="m", messages=[{"role": "user", "content": "x" * characters}], **fields).to_job()
+
+
+async def test_a_minutes_worth_of_requests_passes_at_once_and_the_next_is_told_when(redis: "Redis") -> None:
+    limits, who = Limits(redis), caller(rpm=3)
+    left = [(await limits.reserve(who, request())).headers["x-ratelimit-remaining-requests"] for _ in range(3)]
+    assert left == ["2", "1", "0"]
+    with pytest.raises(RateLimitError) as refused:
+        await limits.reserve(who, request())
+    error = refused.value
+    assert (error.status, error.code) == (429, "rate_limit_exceeded")
+    assert error.retry_after_s == 20
+    assert error.headers["x-ratelimit-limit-requests"] == "3"
+    assert error.headers["x-ratelimit-remaining-requests"] == "0"
+    assert error.headers["x-ratelimit-reset-requests"][:2] in ("1m", "59", "58")
+    assert not [name for name in error.headers if "tokens" in name]
+
+
+async def test_tokens_are_reserved_by_estimate_and_a_refusal_takes_nothing(redis: "Redis") -> None:
+    limits, who = Limits(redis), caller(rpm=10, tpm=1000)
+    first = await limits.reserve(who, request(400, max_tokens=500))
+    assert first.tokens == 600
+    assert first.headers["x-ratelimit-remaining-tokens"] == "400"
+    with pytest.raises(RateLimitError, match="1000 tokens per minute, the request needs about 600") as refused:
+        await limits.reserve(who, request(400, max_tokens=500))
+    assert refused.value.headers["x-ratelimit-remaining-requests"] == "9"
+    assert 11 <= (refused.value.retry_after_s or 0) <= 12
+
+
+async def test_settling_gives_back_what_was_not_used_and_charges_what_was_used_beyond(redis: "Redis") -> None:
+    who = caller(tpm=1000)
+    receipt = (await reserve(redis, who, 600))[-1]
+    assert await settle(redis, who, 600, 100, receipt) in range(900, 902)
+    receipt = (await reserve(redis, who, 200))[-1]
+    assert await settle(redis, who, 200, 500, receipt) in range(400, 403)
+
+
+async def test_more_than_a_minutes_worth_needs_a_full_bucket_and_is_paid_off_later(redis: "Redis") -> None:
+    who = caller(tpm=100)
+    verdict, *_, receipt = await reserve(redis, who, 5000)
+    assert verdict == 0
+    assert await settle(redis, who, 5000, 300, receipt) == 0
+    verdict, wait_us, *_ = await reserve(redis, who, 1)
+    assert verdict == 2
+    assert wait_us == pytest.approx(2 * MINUTE_US + MINUTE_US / 100, rel=0.01)
+
+
+async def test_a_bucket_vanishes_when_it_is_full_again(redis: "Redis") -> None:
+    who = caller(rpm=1)
+    await reserve(redis, who, 0)
+    assert 59_000 < await redis.pttl(keys.rate_limit(who.key_id)) <= 60_000
+    who = caller(tpm=100)
+    receipt = (await reserve(redis, who, 50))[-1]
+    await settle(redis, who, 50, 0, receipt)
+    assert not await redis.exists(keys.rate_limit(who.key_id))
+
+
+async def test_a_caller_without_limits_costs_no_round_trip(redis: "Redis") -> None:
+    limits = Limits(redis)
+    reservation = await limits.reserve(caller(), request())
+    limits.settle(reservation, Usage(1, 1))
+    assert reservation.headers == {}
+    assert not await redis.keys("*")
+
+
+def test_settlements_beyond_the_bound_are_dropped_without_an_error() -> None:
+    limits, reservation = Limits(None), Reservation(caller(tpm=1))  # type: ignore[arg-type]
+    for _ in range(20_000):
+        limits.settle(reservation, Usage(0, 0))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    tpm=st.integers(1, 10**6),
+    calls=st.lists(st.tuples(st.integers(0, 2 * 10**6), st.integers(0, 2 * 10**6)), min_size=1, max_size=12),
+    settle_at_once=st.booleans(),
+)
+def test_whatever_is_asked_the_bucket_never_lets_more_through_than_a_minutes_worth(
+    redis_server: RedisServer, tpm: int, calls: list[tuple[int, int]], settle_at_once: bool
+) -> None:
+    name, source = keys.rate_limit(f"key_{next(numbers)}"), scripts.script("limit").source
+    taken, unsettled = 0, []
+    with redis_server.client() as client:
+        began = client.time()
+        for asked, used in calls:
+            verdict, wait, _, _, left, until_full, receipt = client.eval(source, 1, name, "reserve", 0, tpm, asked)
+            reserved = min(asked, tpm)
+            seconds = client.time()[0] - began[0] + 1
+            assert 0 <= left <= tpm
+            assert until_full >= 0
+            if verdict:
+                assert verdict == 2
+                assert wait > 0
+                continue
+            taken += reserved
+            assert taken <= tpm + tpm * seconds / 60 + 1
+            if settle_at_once:
+                used = min(used, reserved)
+                left = client.eval(source, 1, name, "settle", 0, tpm, asked, used, receipt)[4]
+                taken -= reserved - used
+                assert left >= tpm - taken - 1
+            else:
+                unsettled.append((asked, used, receipt))
+        for asked, used, receipt in unsettled:
+            left = client.eval(source, 1, name, "settle", 0, tpm, asked, used, receipt)[4]
+            assert 0 <= left <= tpm
+
+
+async def test_what_has_run_off_is_not_given_back_a_second_time(redis: "Redis") -> None:
+    who = caller(tpm=60_000)
+    receipt = (await reserve(redis, who, 60_000))[-1]
+    later = receipt - 59_000_000  # as if 59 s had passed since: one second's worth is left to give back
+    assert await settle(redis, who, 60_000, 0, later) in range(950, 1300)
+
+
+@pytest.mark.parametrize(
+    "content", ["x" * 40, [{"type": "text", "text": "x" * 30}, {"type": "text", "text": "x" * 10}]]
+)
+def test_an_estimate_is_a_quarter_of_the_characters_and_the_completion(content: Any) -> None:
+    message = {"role": "user", "content": content}
+    assert ChatRequest(model="m", messages=[message, message]).to_job().cost == 20 + 256
+    assert ChatRequest(model="m", messages=[message], max_tokens=5).to_job().cost == 10 + 5
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_sees_its_limits_and_gets_back_what_it_did_not_use(echo_stack: Stack, stream: bool) -> None:
+    headers = {"authorization": f"Bearer {make_key(echo_stack, '--rpm', '2', '--tpm', '1000')}"}
+    body = {"model": "echo", "max_tokens": 500, "stream": stream, "messages": [{"role": "user", "content": "a b c"}]}
+    reply = post(echo_stack.port, body, headers=headers)
+    assert reply.status == 200
+    assert reply.headers["x-ratelimit-limit-requests"] == "2"
+    assert reply.headers["x-ratelimit-remaining-requests"] == "1"
+    assert reply.headers["x-ratelimit-limit-tokens"] == "1000"
+    assert reply.headers["x-ratelimit-remaining-tokens"] == "498"
+    [bucket] = echo_stack.redis.keys(keys.rate_limit("*"))
+    wait_until(lambda: float(echo_stack.redis.hget(bucket, "t") or 0) - now_us(echo_stack) < 2_000_000, "it is settled")
+    assert int(post(echo_stack.port, body, headers=headers).headers["x-ratelimit-remaining-tokens"]) >= 480
+    reply = post(echo_stack.port, body, headers=headers)
+    assert reply.status == 429
+    assert reply.error()["code"] == "rate_limit_exceeded"
+    assert 1 <= int(reply.headers["retry-after"]) <= 30
+    assert reply.headers["x-ratelimit-reset-requests"]
+    echo_stack.redis.delete(bucket)
+
+
+def test_a_request_that_never_became_a_job_gives_its_tokens_back(echo_stack: Stack) -> None:
+    headers = {"authorization": f"Bearer {make_key(echo_stack, '--tpm', '1000')}"}
+    body = {"model": "nonsense", "max_tokens": 1000, "messages": [{"role": "user", "content": "hi"}]}
+    assert post(echo_stack.port, body, headers=headers).status == 404
+    assert not echo_stack.redis.keys(keys.rate_limit("*"))
+
+
+def test_a_client_that_leaves_keeps_its_reservation_for_a_minute(echo_stack: Stack) -> None:
+    connection = Connection(echo_stack.port)
+    headers = {"authorization": f"Bearer {make_key(echo_stack, '--tpm', '100000')}"}
+    body = {"model": "echo", "max_tokens": 50_000, "ignore_eos": True, "messages": [{"role": "user", "content": "hi"}]}
+    connection.send(body, headers=headers)
+    wait_until(lambda: echo_stack.running("echo") == 1, "the job runs")
+    connection.close()
+    wait_until(lambda: echo_stack.live("echo") == 0, "it is cancelled")
+    [bucket] = echo_stack.redis.keys(keys.rate_limit("*"))
+    assert float(echo_stack.redis.hget(bucket, "t") or 0) - now_us(echo_stack) > 20_000_000
+    echo_stack.redis.delete(bucket)
+
+
+def make_key(stack: Stack, *options: str) -> str:
+    """An API key, made with the command line."""
+    command = [sys.executable, "-m", "fastchat_q.cli", "key", "create", "--name", "t", *options]
+    where = ["--redis-url", stack.server.url, "--state-dir", str(stack.folder)]
+    return subprocess.run([*command, *where], capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+
+def now_us(stack: Stack) -> int:
+    seconds, microseconds = stack.redis.time()
+    return int(seconds) * 1_000_000 + int(microseconds)
+
+
+async def reserve(redis: "Redis", who: Caller, tokens: int) -> list[int]:
+    args = ("reserve", who.rpm or 0, who.tpm or 0, tokens)
+    reply: list[int] = await scripts.call(redis, "limit", (keys.rate_limit(who.key_id),), args)
+    return reply
+
+
+async def settle(redis: "Redis", who: Caller, reserved: int, used: int, receipt: int) -> int:
+    """Tokens left after it."""
+    args = ("settle", who.rpm or 0, who.tpm or 0, reserved, used, receipt)
+    return int((await scripts.call(redis, "limit", (keys.rate_limit(who.key_id),), args))[4])
