@@ -10,12 +10,18 @@ import asyncio
 import uvicorn
 import uvloop
 from fastchat_q.api.app import create_app
+from fastchat_q.api.auth import Authenticator
 from fastchat_q.api.catalog import Catalog
-from fastchat_q.api.relay import JobStream, Relay
+from fastchat_q.api.durability import Durability
+from fastchat_q.api.limits import Limits
+from fastchat_q.api.relay import Relay
 from fastchat_q.api.service import Service
+from fastchat_q.api.stream import JobStream, Submission
 
+from fastchat_q.connection import connect
 from fastchat_q.events import Delta, End, Result, Usage
 from fastchat_q.jobs import Job
+from fastchat_q.queue import Queue, Terms
 from fastchat_q.registry import ModelCard
 from fastchat_q.settings import Settings
 
@@ -25,7 +31,7 @@ class OneModel(Catalog):
 
     def __init__(self, name: str) -> None:
         self._card = ModelCard(name, "direct", None, 0)
-        self._workers, self._known = {}, {name}
+        self._workers, self._known, self._slots, self._trouble = {}, {name}, {}, {}
 
     def card(self, model: str) -> ModelCard | None:
         return self._card if model == self._card.name else None
@@ -34,42 +40,59 @@ class OneModel(Catalog):
         pass
 
 
+class NoRedis(Durability):
+    """There is nothing to object to."""
+
+    def __init__(self) -> None:
+        self.objection = None
+
+
 class DirectRelay(Relay):
     """Feeds all open streams a token each, step by step, as fast as they are taken or at a pace."""
 
     def __init__(self, delay_s: float) -> None:
         self._delay_s = delay_s
-        self._open: dict[str, tuple[JobStream, list[str], int]] = {}
+        self._jobs: dict[str, tuple[JobStream, list[str], int]] = {}
         self._some = asyncio.Event()
 
-    async def submit(self, job: Job) -> JobStream:
-        stream = JobStream(job, 0.0)
+    async def submit(self, job: Job, terms: Terms) -> JobStream:
+        stream = JobStream(job.model, job.id, 0, Submission(job, terms), self._now(), lambda _: None)
         words = [f" {word}" for word in job.messages[-1].content.split()]
-        self._open[job.id] = (stream, words, job.sampling.max_tokens or len(words))
+        self._jobs[job.id] = (stream, words, job.sampling.max_tokens or len(words))
         self._some.set()
         return stream
 
-    def leave(self, stream: JobStream) -> None:
-        self._open.pop(stream.job.id, None)
+    def leave(self, stream: JobStream, grace_s: float = 0.0) -> None:
+        self._jobs.pop(stream.job_id, None)
 
     async def run(self) -> None:
         while True:
-            if not self._open:
+            if not self._jobs:
                 self._some.clear()
                 await self._some.wait()
-            for job_id, (stream, words, limit) in list(self._open.items()):
+            for job_id, (stream, words, limit) in list(self._jobs.items()):
                 n = stream.seen + 1
                 stream.feed(Delta(n, 1, (n,), words[n % len(words)]))
                 if n >= limit:
                     stream.feed(End(n, "succeeded", "length", Result("length", Usage(len(words), n))))
-                    del self._open[job_id]
+                    del self._jobs[job_id]
             await asyncio.sleep(self._delay_s)
 
 
 async def serve(port: int, model: str, delay_s: float) -> None:
     """Serves until it is killed."""
     relay = DirectRelay(delay_s)
-    service = Service(Settings(), None, OneModel(model), relay)
+    nowhere = connect("unix:///nowhere")  # never used: what it is for is left out here
+    service = Service(
+        Settings(auth=False),
+        Authenticator(None, None),
+        OneModel(model),
+        Limits(nowhere),
+        relay,
+        nowhere,
+        Queue(nowhere),
+        NoRedis(),
+    )
     config = uvicorn.Config(
         create_app(service), port=port, http="httptools", ws="none", lifespan="off", access_log=False,
         proxy_headers=False, log_level="warning",

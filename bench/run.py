@@ -9,26 +9,17 @@ medians are printed. Compare the two columns with one another, not with another 
 
 import argparse
 import json
-import os
-import platform
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import redis
 import uvloop
 from loadgen import Config, Report, run
-
-from fastchat_q.embedded import server_binary, server_command, server_version
+from processes import CLI, answers, free_port, front, machine, models, started, wait
 
 WORDS = " ".join(f"word{n}" for n in range(20))
 DIRECT = Path(__file__).with_name("direct.py")
@@ -144,79 +135,23 @@ def _cpu(report: Report, name: str, *, per_request: bool = False) -> float | Non
 
 
 @contextmanager
-def started(*command: str, log: Path, **environment: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process that is ended with the block."""
-    with log.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-@contextmanager
 def both(folder: Path) -> Iterator[tuple[Side, Side]]:
     """The two systems, ready."""
-    url = f"unix://{folder}/r.sock"
-    cli = (sys.executable, "-m", "fastchat_q.cli")
     with ExitStack() as stack:
-        binary = server_binary()
-        command = server_command(binary, folder, folder / "r.sock")
-        server = stack.enter_context(started(*command, log=folder / "redis.log"))
-        client = stack.enter_context(redis.Redis.from_url(url))
-        _wait(lambda: client.ping(), "Redis")
-        port = _free_port()
-        api = stack.enter_context(
-            started(*cli, "serve", "--no-auth", "--port", str(port), "--redis-url", url, log=folder / "api.log")
-        )
+        system = stack.enter_context(front(folder))
         pids, ports, direct_pids = {}, {}, {}
         for model, delay in (("echo", "0"), ("paced", "20")):
             flags = ("--engine", "echo", "--model", model, "--slots", "512", "--token-delay-ms", delay)
-            worker = stack.enter_context(
-                started(*cli, "worker", *flags, "--redis-url", url, log=folder / f"{model}.log")
-            )
-            pids[model] = {"api": api.pid, "worker": worker.pid, "redis": server.pid}
-            ports[model] = _free_port()
+            command = (*CLI, "worker", "--no-supervise", *flags, "--redis-url", system.url)
+            worker = stack.enter_context(started(*command, log=folder / f"{model}.log"))
+            pids[model] = {"api": system.api_pid, "worker": worker.pid, "redis": system.redis_pid}
+            ports[model] = free_port()
             flags = ("--port", str(ports[model]), "--model", model, "--token-delay-ms", delay)
             direct = stack.enter_context(started(sys.executable, str(DIRECT), *flags, log=folder / "direct.log"))
             direct_pids[model] = {"api": direct.pid}
-            _wait(lambda at=ports[model]: _ok(f"http://127.0.0.1:{at}/healthz"), "the direct server")
-        _wait(lambda: len(_models(port)) == 2, "both workers")
-        yield Side(dict.fromkeys(pids, port), pids), Side(ports, direct_pids)
-
-
-def _models(port: int) -> list[str]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=2) as response:
-        return [model["id"] for model in json.load(response)["data"]]
-
-
-def _ok(url: str) -> bool:
-    with urllib.request.urlopen(url, timeout=2) as response:
-        return bool(response.status == 200)
-
-
-def _wait(fact: Callable[[], object], what: str, timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            if fact():
-                return
-        except (urllib.error.URLError, OSError, redis.RedisError):
-            pass
-        if time.monotonic() > deadline:
-            raise SystemExit(f"not up within {timeout_s:g} s: {what}")
-        time.sleep(0.05)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+            wait(lambda at=ports[model]: answers(f"http://127.0.0.1:{at}/healthz"), "the direct server")
+        wait(lambda: len(models(system.port)) == 2, "both workers")
+        yield Side(dict.fromkeys(pids, system.port), pids), Side(ports, direct_pids)
 
 
 def main() -> None:
@@ -225,19 +160,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json-out", type=Path)
     options = parser.parse_args()
-    machine = {
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "redis": server_version(server_binary()),
-        "rounds": options.rounds,
-        "loads": [asdict(load) for load in LOADS],
-    }
-    print(", ".join(f"{name} {value}" for name, value in machine.items() if name != "loads"))
+    setting = {**machine(), "rounds": options.rounds, "loads": [asdict(load) for load in LOADS]}
+    print(", ".join(f"{name} {value}" for name, value in setting.items() if name != "loads"))
     with tempfile.TemporaryDirectory(prefix="fq") as folder, both(Path(folder)) as (queue, direct):
         results = uvloop.run(compare(queue, direct, options.rounds))
     if options.json_out is not None:
-        options.json_out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        options.json_out.write_text(json.dumps({"machine": setting, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a whole answer is: OpenAI's stream of chunks, or one JSON body. Its text is not judged."""
+"""What a whole answer is: OpenAI's stream of chunks, or one JSON body. Its text is judged only if it is told."""
 
 import json
 import re
@@ -96,6 +96,28 @@ class StreamAnswer(Answer):
         found = f"{self.content_events} content events, {self._finishes} finish_reason, {self._usages} usage"
         done = "[DONE]" if self._done else "no [DONE]"
         raise BadAnswerError(f"stream ended with {found}, {done}; unfinished: {excerpt(self._pending)!r}")
+
+
+class ExactAnswer(StreamAnswer):
+    """An SSE stream that must have a certain text: its bytes are kept, and read once more, as JSON, at its end."""
+
+    def __init__(self, expected: str) -> None:
+        super().__init__()
+        self._expected = expected
+        self._bytes: list[bytes] = []
+
+    def feed(self, body: bytes, now_s: float) -> None:
+        self._bytes.append(body)
+        super().feed(body, now_s)
+
+    def end(self) -> None:
+        super().end()
+        lines = b"".join(self._bytes).split(b"\n")
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
+        text = "".join(delta.get("content") or "" for delta in deltas)
+        if text != self._expected:
+            raise BadAnswerError(f"another text than expected: {excerpt(text.encode())}")
 
 
 class WholeAnswer(Answer):

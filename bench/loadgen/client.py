@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import cast
 
-from .answers import Answer, StreamAnswer, WholeAnswer
+from .answers import Answer, ExactAnswer, StreamAnswer, WholeAnswer
 from .config import Config, build_request, parse_target
 from .cpu import CpuClock
 from .framing import BadAnswerError, Framing
@@ -103,8 +103,7 @@ class Client(asyncio.Protocol):
         if self._answer is None:
             if not framing.status:
                 return
-            streamed = framing.status == 200 and self._load.config.stream
-            self._answer = StreamAnswer() if streamed else WholeAnswer(framing.status)
+            self._answer = self._awaited(framing.status)
         if body:
             self._answer.feed(body, now_s)
         if framing.done:
@@ -115,6 +114,12 @@ class Client(asyncio.Protocol):
                 self.send_next()
             else:
                 self.transport.close()
+
+    def _awaited(self, status: int) -> Answer:
+        config = self._load.config
+        if status != 200 or not config.stream:
+            return WholeAnswer(status)
+        return StreamAnswer() if config.expected is None else ExactAnswer(config.expected)
 
     def _fail(self, text: str, now_s: float) -> None:
         """Count the request in flight as failed, and drop the connection: who knows what else is to come on it."""

@@ -28,6 +28,7 @@ class Config:
     extra: Mapping[str, Any] = field(default_factory=dict)  # added to the request body
     pids: Mapping[str, int] = field(default_factory=dict)
     timeout_s: float = 60.0  # one request, sent -> ended
+    expected: str | None = None  # the text that every stream must have, if it matters
 
 
 class Target(NamedTuple):
