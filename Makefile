@@ -4,12 +4,19 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
+MINUTES ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 SOURCES := pyproject.toml constraints.txt
+REDIS ?=
+# Most tests wait for other processes most of the time: one more at a time than there are cores.
+JOBS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+OTHER_SERVERS := redis-7 redis-6.2 cluster
+SERVER_TESTS := $(patsubst %,tests/test_%.py,dead_letters idempotency lanes oncall orchestrator quarantine queue reconcile \
+	recovery resume servers state_machine worker)
 
-.PHONY: help setup setup-dev up test lint types format bench wheel clean
+.PHONY: help setup setup-dev up test test-servers chaos chaos-mutant lint types format bench bench-queue bench-recovery bench-streams wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -21,8 +28,19 @@ setup-dev: $(VENV)/dev.stamp ## the same with the development extras
 up: setup ## run Redis, API, worker and orchestrator: make up ARGS="--port 8123"
 	@exec $(BIN)/fastchat-q up $(ARGS)
 
-test: setup-dev ## all tests, in parallel on the cores that are there
-	$(BIN)/pytest -n auto --dist loadfile $(ARGS)
+test: setup-dev ## all tests, in parallel; REDIS=redis-7: against another server
+	TEST_REDIS=$(REDIS) $(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+test-servers: setup-dev ## what depends on the server, against each of the others (docs/redis-servers.md)
+	for server in $(OTHER_SERVERS); do \
+		echo "== $$server" && TEST_REDIS=$$server $(BIN)/pytest -n $(JOBS) --dist loadfile $(SERVER_TESTS) $(ARGS) || exit 1; \
+	done
+
+chaos: setup-dev ## faults of every kind for MINUTES=3, from SEED=... (docs/reliability.md)
+	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) --minutes $(MINUTES) $(ARGS)
+
+chaos-mutant: setup-dev ## the same without fences: it must find violations (exit code 3)
+	$(BIN)/python -m tests.chaos --mutant no-fence --minutes 1 $(ARGS); test $$? -eq 3
 
 lint: setup-dev ## style
 	$(BIN)/ruff check .
@@ -30,7 +48,7 @@ lint: setup-dev ## style
 
 types: setup-dev .tools/types ## static types of the package, as it is installed, and of the load generator
 	$(BIN)/mypy -p fastchat_q
-	cd bench && ../$(BIN)/mypy --config-file ../pyproject.toml --explicit-package-bases loadgen fake_openai.py
+	cd bench && MYPYPATH=../.tools/types ../$(BIN)/mypy --config-file ../pyproject.toml --explicit-package-bases loadgen fake_openai.py queue_cost.py noisy_neighbour.py recovery.py many_streams.py
 
 format: setup-dev ## rewrite the style
 	$(BIN)/ruff check --fix .
@@ -38,6 +56,16 @@ format: setup-dev ## rewrite the style
 
 bench: setup-dev ## what the queue costs, against no queue in one run (docs/benchmarks.md)
 	$(BIN)/python bench/run.py $(ARGS)
+
+bench-queue: setup-dev ## what a script call costs beside 50,000 waiting jobs, and how a tenant fares beside a noisy one
+	$(BIN)/python bench/queue_cost.py
+	$(BIN)/python bench/noisy_neighbour.py
+
+bench-recovery: setup-dev ## how long streams pause when their worker is killed
+	$(BIN)/python bench/recovery.py $(ARGS)
+
+bench-streams: setup-dev ## 1,000 streams on one API process; 200 cut streams that come back at once
+	$(BIN)/python bench/many_streams.py $(ARGS)
 
 wheel: setup-dev ## dist/*.whl
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
