@@ -30,8 +30,8 @@ DRAIN_S = 60.0
 """Everything must have ended so long after the last fault and the last request."""
 PROFILES = {
     "everything": (Shape(), EVERYTHING),
-    # For mutants: jobs that are still running when a frozen writer wakes up.
-    "late-writers": (Shape(tokens=(100, 250), delay_ms=(20.0, 40.0)), LATE_WRITERS),
+    # For mutants: jobs that outlast a lease, so that most are still running when a frozen writer wakes up.
+    "late-writers": (Shape(tokens=(300, 600), delay_ms=(20.0, 40.0)), LATE_WRITERS),
 }
 EXIT_VIOLATIONS = 3
 
