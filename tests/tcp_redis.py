@@ -1,20 +1,11 @@
-"""Redis servers on a TCP port, with users or with TLS, from whichever binaries this machine has."""
+"""Redis servers on a TCP port, with users or with TLS."""
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
 import redis as sync_redis
 
-from fastchat_q.embedded import server_binary, server_version
-
-from .stack import free_port, wait_until
-
-
-class ServerEndedError(Exception):
-    """The server does not run with these options."""
+from .servers import KINDS, free_port, wait_until
 
 
 class TcpRedis:
@@ -37,7 +28,7 @@ class TcpRedis:
             raise
         if self.process.poll() is not None:
             self.admin.close()
-            raise ServerEndedError(self.log.read_text())
+            raise RuntimeError(f"{binary} does not run: {self.log.read_text()}")
 
     def url(self, user: str = "", password: str = "", scheme: str = "redis", query: str = "") -> str:
         """The URL for a user."""
@@ -59,30 +50,7 @@ class TcpRedis:
             return False
 
 
-def binaries() -> list[Path]:
-    """The embedded server, and another one on the PATH."""
-    found = [server_binary()]
-    other = shutil.which("redis-server")
-    if other is not None and Path(other).resolve() != found[0].resolve():
-        found.append(Path(other))
-    return found
-
-
-def name_of(binary: Path) -> str:
-    """For the test's id."""
-    return server_version(binary).replace(" ", "-")
-
-
 def tls_server(folder: Path, ca: Path, certificate: Path) -> TcpRedis:
-    """A server that speaks nothing but TLS; skips where no binary can, which in CI is a failure."""
+    """A server that speaks nothing but TLS: Debian's, for the embedded one is built without."""
     files = ["--tls-cert-file", certificate, "--tls-key-file", certificate, "--tls-ca-cert-file", ca]
-    options = [*map(str, files), "--tls-auth-clients", "no"]
-    for binary in binaries():
-        try:
-            return TcpRedis(binary, folder, *options, ca=ca)
-        except ServerEndedError:
-            continue
-    reason = "no Redis server with TLS on this machine: install redis-server (the embedded one is built without TLS)"
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
+    return TcpRedis(KINDS["redis-7"].binary(), folder, *map(str, files), "--tls-auth-clients", "no", ca=ca)

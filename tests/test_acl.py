@@ -17,8 +17,9 @@ from fastchat_q.connection import connect
 from fastchat_q.records import read_record
 
 from .http_client import post
+from .servers import KINDS
 from .stack import API_KEY, Process, answers, free_port, wait_until
-from .tcp_redis import TcpRedis, binaries, name_of
+from .tcp_redis import TcpRedis
 
 ROLES = ["api", "worker", "orchestrator", "metrics", "admin"]
 JOB, LOG = keys.model_keys("echo").job("1"), keys.model_keys("echo").log("1")
@@ -62,16 +63,16 @@ class Secured:
         return [f"{row['username']} {row['reason']} {row['object']}" for row in ours if row["object"] != "client"]
 
 
-@pytest.fixture(scope="module", params=binaries(), ids=name_of)
+@pytest.fixture(scope="module", params=["valkey", "redis-7", "redis-6.2"])
 def secured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     folder = tmp_path_factory.mktemp("acl")
-    oldest = "6.2" if name_of(request.param).startswith("redis-6") else "7.0"
+    oldest = "6.2" if request.param == "redis-6.2" else "7.0"
     rows = json.loads(acl("--json", "--server", oldest).stdout)
     (folder / "users.acl").write_text(
         "".join(f"user {row['user']} {row['rules']}\nuser test-{row['role']} {row['rules']}\n" for row in rows)
         + "user default reset off\n"
     )
-    server = TcpRedis(request.param, folder, "--aclfile", str(folder / "users.acl"))
+    server = TcpRedis(KINDS[request.param].binary(), folder, "--aclfile", str(folder / "users.acl"))
     stack = Secured(server, oldest, {row["role"]: row["password"] for row in rows}, folder)
     try:
         stack.start("api", "serve", "--port", str(stack.port), FASTCHAT_Q_API_KEY=API_KEY)
@@ -166,7 +167,7 @@ def test_metrics_can_see_how_the_queues_are(secured: Secured) -> None:
 def test_the_commands_can_be_piped_into_redis_cli(folder: Path) -> None:
     lines = acl("--role", "worker", "--passwords", "hash")
     name, password = lines.stderr.split()
-    server = TcpRedis(binaries()[0], folder)
+    server = TcpRedis(KINDS["valkey"].binary(), folder)
     try:
         for line in lines.stdout.splitlines():
             server.admin.execute_command(*line.split())
@@ -198,7 +199,7 @@ def test_for_redis_6_2_the_rules_have_no_read_only_patterns_and_say_so() -> None
 
 
 def test_with_a_further_word_acl_is_the_command_of_redis(folder: Path) -> None:
-    server = TcpRedis(binaries()[0], folder)
+    server = TcpRedis(KINDS["valkey"].binary(), folder)
     command = [sys.executable, "-m", "fastchat_q.cli", "redis", "--redis-url", server.url(), "acl", "whoami"]
     try:
         assert "default" in subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
