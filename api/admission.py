@@ -7,6 +7,7 @@ from fastchat_q.jobs import Lane
 from fastchat_q.registry import ModelCard
 from fastchat_q.tenants import Caller
 
+from .auth import check_scope
 from .catalog import Catalog
 
 
@@ -14,10 +15,13 @@ async def admit(catalog: Catalog, caller: Caller, model: str, lane: Lane = "hi")
     """The card of a model that can be asked now; None for a job of lane ``lo`` that can wait for a worker to come.
 
     Raises:
+        PermissionDeniedError: the job is for the batch lane, and the caller has not the scope ``batch``.
         ModelNotAllowedError: it is not on the caller's list.
         NoWorkerError: it was served lately, but no worker is alive.
         ModelNotFoundError: never heard of it; the message names near matches.
     """
+    if lane == "lo":
+        check_scope(caller, "batch", "the batch lane ('service_tier': 'flex')")
     caller.check_model(model)
     card = catalog.card(model)
     if card is None:

@@ -19,7 +19,7 @@ from fastchat_q.tenants import ANONYMOUS, BOOTSTRAP, ApiKey, Caller, Scope
 
 log = structlog.get_logger()
 
-SCOPES: tuple[tuple[str, Scope], ...] = (("/v1/", "inference"),)
+PATH_SCOPES: tuple[tuple[str, Scope], ...] = (("/v1/", "inference"),)
 """Path prefix -> scope that a key needs there; the first that fits counts. Other paths need no key."""
 KNOWN_S = 5.0
 """How long a key that was found is trusted without asking again: a revoked one is refused after that."""
@@ -31,10 +31,10 @@ KEY_LENGTH = len(new_api_key())
 
 def required_scope(path: str) -> Scope | None:
     """The scope that a path needs; None: it is open to everybody."""
-    return next((scope for prefix, scope in SCOPES if path.startswith(prefix)), None)
+    return next((scope for prefix, scope in PATH_SCOPES if path.startswith(prefix)), None)
 
 
-def check_scope(caller: Caller, scope: Scope, path: str) -> None:
+def check_scope(caller: Caller, scope: Scope, what: str) -> None:
     """Refuses a caller without the scope.
 
     Raises:
@@ -42,7 +42,7 @@ def check_scope(caller: Caller, scope: Scope, path: str) -> None:
     """
     if scope not in caller.scopes:
         has = ", ".join(sorted(caller.scopes)) or "none"
-        raise PermissionDeniedError(f"This API key ({caller.key_id}) has no scope {scope!r} for {path}. It has: {has}.")
+        raise PermissionDeniedError(f"This API key ({caller.key_id}) has no scope {scope!r} for {what}. It has: {has}.")
 
 
 def caller_of(request: Request) -> Caller:

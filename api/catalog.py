@@ -6,7 +6,7 @@ from redis.asyncio import Redis
 
 from fastchat_q.keys import model_keys
 from fastchat_q.loops import every
-from fastchat_q.registry import ModelCard, Registration, Registry
+from fastchat_q.registry import ModelCard, Registration, Registry, capacity_of
 
 REFRESH_S = 1.0
 REFRESH_LIMIT_S = 2.0
@@ -47,7 +47,7 @@ class Catalog:
                 trouble[registration.card.name] = registration.reason or trouble.get(registration.card.name, "")
         self._known |= known  # also what a FLUSHALL forgot: those are 503, not 404
         self._workers, self._trouble = workers, trouble
-        self._slots = {model_keys(name).prefix: sum(w.slots for w in some) for name, some in workers.items()}
+        self._slots = {model_keys(name).prefix: capacity_of(some, name)[1] for name, some in workers.items()}
 
     def cards(self) -> list[ModelCard]:
         """A card for each served model: that of its oldest worker."""
@@ -59,7 +59,7 @@ class Catalog:
         return workers[0].card if workers else None
 
     def slots(self, model: str) -> int:
-        """Slots that serve a model now, by its name or slug."""
+        """Slots that take jobs of a model now, by its name or slug."""
         return self._slots.get(model_keys(model).prefix, 0)
 
     def trouble(self, model: str) -> str | None:
@@ -67,5 +67,5 @@ class Catalog:
         return None if model in self._workers else self._trouble.get(model)
 
     def known(self) -> set[str]:
-        """Names of all models that were served within the last 24 hours, or are about to be."""
+        """Names of all models that were served lately or since this process started, or are about to be."""
         return self._known | self._workers.keys() | self._trouble.keys()

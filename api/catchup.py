@@ -18,7 +18,8 @@ from fastchat_q import keys
 from fastchat_q.connection import TRANSIENT
 from fastchat_q.errors import FastchatQError, JobFailedError
 from fastchat_q.events import TERMINAL_STATES, End, Result
-from fastchat_q.queue import Queue, estimate_s
+from fastchat_q.queue import Queue, eta_s, position
+from fastchat_q.records import number
 from fastchat_q.tokens import entry_to_delta, read
 
 from .stream import JobStream
@@ -45,8 +46,6 @@ class _Found:
     result: bytes | None
     lane: str | None
     rank: int | None
-    before: int
-    service_ms: float
     keep_ms: int
 
 
@@ -66,26 +65,32 @@ class CatchUp:
         """Feeds what the streams have not seen; returns those that need another round."""
         pipe = self._redis.pipeline(transaction=False)
         seen = [stream.seen for stream in streams]
+        models = list(dict.fromkeys(stream.model for stream in streams))
+        for model in models:
+            names = keys.model_keys(model)
+            pipe.zcard(names.waiting("hi"))
+            pipe.hget(names.stat, "service_ms")
+            pipe.get(names.mode)
         for stream in streams:
             names = keys.model_keys(stream.model)
             pipe.xrange(names.log(stream.job_id), min=f"(0-{stream.seen}", count=PAGE)
             pipe.hmget(names.job(stream.job_id), list(FIELDS))
             pipe.zrank(names.waiting(stream.lane), stream.job_id)
-            pipe.zcard(names.waiting("hi"))
-            pipe.hget(names.stat, "service_ms")
         replies = await pipe.execute(raise_on_error=False)
         for reply in replies:
             if isinstance(reply, TRANSIENT):
                 raise reply
+        of_models, of_streams = replies[: 3 * len(models)], replies[3 * len(models) :]
+        lines = {model: of_models[3 * i : 3 * i + 3] for i, model in enumerate(models)}
         again = []
         for i, stream in enumerate(streams):
-            own = replies[5 * i : 5 * i + 5]
+            own = [*lines[stream.model], *of_streams[3 * i : 3 * i + 3]]
             error = next((reply for reply in own if isinstance(reply, RedisError)), None)
             if error is not None:  # asked again it would be the same, and keep the others waiting
                 log.error("cannot read a job", job=stream.job_id, error=str(error))
                 self._diverged(stream)
                 continue
-            entries, record, rank, before, service_ms = own
+            interactive, service_ms, mode, entries, record, rank = own
             state, n, reason, result, lane, keep_ms = record
             found = _Found(
                 entries,
@@ -95,11 +100,10 @@ class CatchUp:
                 result,
                 lane.decode() if lane else None,
                 rank,
-                before,
-                float(service_ms or 0),
                 int(keep_ms or 0),
             )
             try:
+                self._set_place(stream, found, interactive, number(service_ms), mode == b"paused")
                 if await self._feed(stream, found, seen[i]):
                     again.append(stream)
             except (AttributeError, KeyError, TypeError, ValueError):  # somebody else wrote into its record or log
@@ -117,7 +121,6 @@ class CatchUp:
         for entry_id, fields in found.entries:
             if not stream.feed(entry_to_delta(entry_id, fields)):
                 return await self._go_round(stream)
-        self._set_place(stream, found)
         end = _end(found)
         if end is not None:
             stream.over = True
@@ -126,15 +129,15 @@ class CatchUp:
             return stream.short_reads < MAX_SHORT_READS or self._diverged(stream)
         return len(found.entries) == PAGE and not stream.ended
 
-    def _set_place(self, stream: JobStream, found: _Found) -> None:
+    def _set_place(
+        self, stream: JobStream, found: _Found, interactive: int, service_ms: int | None, paused: bool
+    ) -> None:
         stream.lane = found.lane or stream.lane
         if found.rank is None or stream.seen > stream.start:
             stream.place = stream.eta_s = None
             return
-        stream.place = found.rank + 1 + (found.before if stream.lane == "lo" else 0)
-        slots = self._slots(stream.model)
-        known = found.service_ms and slots
-        stream.eta_s = estimate_s(stream.place, found.service_ms, slots) if known else None
+        stream.place = position(stream.lane, found.rank, interactive)
+        stream.eta_s = eta_s(stream.place, service_ms, self._slots(stream.model), paused=paused)
 
     async def _submit_again(self, stream: JobStream) -> bool:
         """The record is gone: Redis lost it. The same job goes on behind the tokens that its client has."""

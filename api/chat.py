@@ -41,7 +41,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     await admit(service.catalog, caller_of(request), job.model, job.lane)
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     view = render.View(job.id, job.model, int(time.time()), job.lane, include_usage)
-    terms = await _terms(service, body, job, view, request)
+    terms = _terms(service, body, job, view, request)
     reservation = await service.limits.reserve(caller_of(request), job)
     try:
         stream = await service.relay.submit(job, terms)
@@ -79,9 +79,9 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
             leave()
 
 
-async def _terms(service: Service, body: ChatRequest, job: Job, view: render.View, request: Request) -> Terms:
+def _terms(service: Service, body: ChatRequest, job: Job, view: render.View, request: Request) -> Terms:
     settings = service.settings
-    idempotency = await _idempotency(request)
+    idempotency = _idempotency(body, request)
     detached = body.on_disconnect == "continue"
     caller = caller_of(request)
     return Terms(
@@ -100,8 +100,8 @@ async def _terms(service: Service, body: ChatRequest, job: Job, view: render.Vie
     )
 
 
-async def _idempotency(request: Request) -> tuple[str, str] | None:
-    """Digests of the client's key and of the request, in which the order of fields does not matter."""
+def _idempotency(body: ChatRequest, request: Request) -> tuple[str, str] | None:
+    """Digests of the client's key and of what the request asks for, in whatever order its fields came."""
     key = request.headers.get("idempotency-key")
     if key is None:
         return None
@@ -110,5 +110,5 @@ async def _idempotency(request: Request) -> tuple[str, str] | None:
             f"The header Idempotency-Key has {len(key)} characters; it needs 1 to {MAX_IDEMPOTENCY_KEY}.",
             code="invalid_idempotency_key",
         )
-    canonical = orjson.dumps(orjson.loads(await request.body()), option=orjson.OPT_SORT_KEYS)
+    canonical = orjson.dumps(body.model_dump(mode="json", exclude_unset=True), option=orjson.OPT_SORT_KEYS)
     return hashlib.sha256(key.encode()).hexdigest(), hashlib.sha256(canonical).hexdigest()

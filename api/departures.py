@@ -32,7 +32,7 @@ class Departures:
         self._due.put_nowait((model, job_id, ""))
 
     def after(self, grace_s: float, model: str, job_id: str) -> None:
-        """The same, after ``grace_s``."""
+        """As `at_once`, in ``grace_s`` seconds, unless it is called off."""
         self.called_off(job_id)
         if grace_s <= 0:
             self.at_once(model, job_id)

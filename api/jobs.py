@@ -34,8 +34,8 @@ async def retrieve_job(job_id: str, request: Request) -> Response:
 async def cancel_job(job_id: str, request: Request) -> Response:
     """Ends a waiting or running job at once; one that has ended stays as it is."""
     service, tenant = service_of(request), tenant_of(request)
-    await _job(service, job_id, tenant)  # 404 for what is not the caller's
-    await service.queue.cancel(*_parse(job_id), CANCELLED)
+    if await service.queue.cancel(*_parse(job_id), CANCELLED, tenant=tenant) == "none":
+        raise JobNotFoundError(job_id)
     return _reply(await _job(service, job_id, tenant))
 
 

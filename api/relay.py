@@ -98,7 +98,7 @@ class Relay:
             raise
         return stream
 
-    def leave(self, stream: JobStream, grace_s: float = 0.0) -> None:
+    def leave(self, stream: JobStream, grace_s: float) -> None:
         """The reader is gone. After ``grace_s`` the job is cancelled, unless it has ended or somebody reads it."""
         if self._close(stream) and not stream.ended and stream.job_id not in self._streams:
             self._departures.after(grace_s, stream.model, stream.job_id)

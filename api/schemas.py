@@ -140,10 +140,10 @@ class ChatRequest(_Request):
     on_disconnect: Literal["cancel", "continue"] = "cancel"
     """Extension: what becomes of the job when the client goes and does not come back. ``continue``: it is done all the
     same, and its answer waits under ``/v1/jobs/{id}``."""
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    metadata: dict[str, str] | None = None
+    user: Text | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
+    metadata: dict[Text, Text] | None = None
 
     @model_validator(mode="before")
     @classmethod

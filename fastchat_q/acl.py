@@ -7,13 +7,12 @@ what looks beyond those patterns (KEYS, SCAN, RANDOMKEY) or at the server itself
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from . import keys
+from .choices import Role, ServerVersion
 
-Role = Literal["api", "worker", "orchestrator", "metrics", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)
-ServerVersion = Literal["6.2", "7.0"]
 USER_PREFIX = "fq-"
 
 CONNECTION = ("+@connection", "-@dangerous")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from . import __version__, cli_dead, cli_jobs, cli_keys, cli_queue
-from .choices import Device, Dtype, EngineName
+from .choices import Device, Dtype, EngineName, WorkerOptions
 from .cli_common import EXIT_USAGE, RedisUrl, StateDir, load_settings
 from .errors import ConfigurationError
 
@@ -86,10 +86,11 @@ def up(
         host=host, port=port, state_dir=state_dir, redis_url=redis_url, auth=False if no_auth else None, drain_s=drain_s
     )
     check_exposure(settings)
-    arguments = _worker_arguments(model, name, engine, slots, device, dtype, threads, token_delay_ms, settings.drain_s)
+    worker = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms)
+    arguments = (*worker.arguments(), "--drain-s", str(settings.drain_s))
     lock = hold_lock(settings.state_dir, http_base(settings.host, settings.port))
     with lock:
-        asyncio.run(Up(settings, UpOptions(name or served_name(model), tuple(arguments))).run())
+        asyncio.run(Up(settings, UpOptions(name or served_name(model), arguments)).run())
 
 
 @app.command()
@@ -136,19 +137,19 @@ def worker(
     logs.configure()
     settings = load_settings(state_dir=state_dir, redis_url=redis_url, drain_s=drain_s)
     url = settings.resolved_redis_url
+    options = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms)
     if no_supervise:
         from .workers import main
         from .workers.worker import Limits
 
-        options = main.WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms)
         limits = Limits(settings.drain_s, settings.stall_s, settings.batch_reserve, settings.tenant_headroom)
         main.run(options, limits, url, worker_id)
         return
     from .registry import ModelCard
     from .workers import parent
 
-    arguments = _worker_arguments(model, name, engine, slots, device, dtype, threads, token_delay_ms, settings.drain_s)
-    command = [sys.executable, "-m", "fastchat_q.cli", "worker", "--no-supervise", *arguments]
+    command = [sys.executable, "-m", "fastchat_q.cli", "worker", "--no-supervise", *options.arguments()]
+    command += ["--drain-s", str(settings.drain_s)]
     process = parent.EngineProcess(
         command=lambda run_id: [*command, "--id", run_id],
         environment={"FASTCHAT_Q_REDIS_URL": url},  # not on the command line: it may hold a password
@@ -203,25 +204,6 @@ def main() -> None:
             where = ".".join(map(str, detail["loc"])).upper()
             print(f"fastchat-q: FASTCHAT_Q_{where}: {detail['msg']} (given: {detail['input']!r})", file=sys.stderr)
         raise SystemExit(EXIT_USAGE) from None
-
-
-def _worker_arguments(
-    model: str,
-    name: str | None,
-    engine: str,
-    slots: int | None,
-    device: str,
-    dtype: str,
-    threads: int | None,
-    token_delay_ms: float,
-    drain_s: float,
-) -> list[str]:
-    arguments = ["--model", model, "--engine", engine, "--device", device, "--dtype", dtype]
-    arguments += ["--token-delay-ms", str(token_delay_ms), "--drain-s", str(drain_s)]
-    for flag, value in (("--name", name), ("--slots", slots), ("--threads", threads)):
-        if value is not None:
-            arguments += [flag, str(value)]
-    return arguments
 
 
 if __name__ == "__main__":

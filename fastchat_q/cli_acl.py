@@ -7,6 +7,8 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from .choices import Role, ServerVersion
+
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
@@ -24,7 +26,7 @@ def run(arguments: Sequence[str]) -> NoReturn:
 @app.command()
 def acl(
     role: Annotated[
-        Literal["all", "api", "worker", "orchestrator", "metrics", "admin"],
+        Role | Literal["all"],
         typer.Option("--role", help="For which kind of process; admin: for the fastchat-q key and redis commands."),
     ] = "all",
     form: Annotated[
@@ -36,7 +38,7 @@ def acl(
         typer.Option("--passwords", help="hash: the rules hold SHA-256 digests, and stderr gets the passwords."),
     ] = "generate",
     server: Annotated[
-        Literal["6.2", "7.0"],
+        ServerVersion,
         typer.Option("--server", help="The oldest server. 6.2 knows no read-only keys: such keys become writable."),
     ] = "7.0",
     default_off: Annotated[

@@ -69,8 +69,10 @@ def list_dead(
         print_json({"object": "list", "data": [letter.to_dict() for letter in letters], "truncated": truncated})
         return
     rows = []
+    from .records import iso
+
     for letter in letters:
-        job, died = letter.record, letter.to_dict()["died_at"]
+        job, died = letter.record, iso(letter.died_ms)
         rows.append((job.public_id, job.model, job.tenant, died, job.deaths, job.retries, job.last_worker, job.reason))
     print_table(("id", "model", "tenant", "died", "deaths", "retries", "last worker", "reason"), rows)
     if truncated:

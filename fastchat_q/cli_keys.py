@@ -1,10 +1,9 @@
 """``fastchat-q key``: makes, lists and revokes API keys. It talks to Redis alone; no API server need run."""
 
 import re
-import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
@@ -14,15 +13,18 @@ from .cli_common import (
     AsJson,
     RedisUrl,
     StateDir,
+    T,
     fail,
     load_settings,
     print_json,
     print_table,
+    printable,
+    say,
     with_redis,
 )
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-T = TypeVar("T")
+COLUMNS = ("id", "name", "tenant", "scopes", "models", "limits", "created", "expires", "key", "state")
 
 app = typer.Typer(
     name="key",
@@ -41,7 +43,7 @@ def create(
     ] = None,
     scope: Annotated[
         list[str] | None,
-        typer.Option("--scope", help="inference, batch, admin or metrics; repeat it. [default: inference, batch]"),
+        typer.Option("--scope", help="inference, batch or admin; repeat it. [default: inference, batch]"),
     ] = None,
     model: Annotated[
         list[str] | None, typer.Option("--model", help="A model it may use, or NAME*; repeat it. [default: all]")
@@ -91,10 +93,7 @@ def create(
         print_json({"key": key, **shown(record)})
         return
     print(key)
-    print(
-        f"\n{record.caller.key_id} ({name}). This is the only time the key is shown: what is stored is a keyed hash.",
-        file=sys.stderr,
-    )
+    say(f"\n{record.caller.key_id} ({name}). This is the only time the key is shown: what is stored is a keyed hash.")
 
 
 @app.command(name="ls")
@@ -107,13 +106,11 @@ def list_keys(as_json: AsJson = False, state_dir: StateDir = None, redis_url: Re
 
     rows = [shown(record) for record in _run(read, state_dir, redis_url)]
     if as_json:
-        print_json(rows)
+        print_json({"object": "list", "data": rows})
         return
+    print_table(COLUMNS, [_row(row) for row in rows])
     if not rows:
-        print("No API keys. Make one with: fastchat-q key create --name NAME")
-        return
-    columns = ("ID", "NAME", "TENANT", "SCOPES", "MODELS", "LIMITS", "CREATED", "EXPIRES", "KEY", "STATE")
-    print_table(columns, [_row(row) for row in rows])
+        say("No API keys. Make one with: fastchat-q key create --name NAME")
 
 
 @app.command()
@@ -138,7 +135,7 @@ def revoke(
     if as_json:
         print_json(shown(record))
     else:
-        print(f"revoked {record.caller.key_id} ({record.name})")
+        print(printable(f"revoked {record.caller.key_id} ({record.name})"))
 
 
 def parse_expiry(text: str, now: datetime) -> int:
@@ -164,6 +161,7 @@ def parse_expiry(text: str, now: datetime) -> int:
 def shown(record: Any) -> dict[str, Any]:
     """A key as ``--json`` shows it: stable names, times as ISO 8601 in UTC."""
     from .credentials import KEY_PREFIX
+    from .records import iso
 
     caller = record.caller
     expired = caller.expired(datetime.now(UTC).timestamp())
@@ -180,14 +178,14 @@ def shown(record: Any) -> dict[str, Any]:
             "queued": caller.max_queued,
         },
         "weight": caller.weight,
-        "created": _iso(record.created),
-        "expires": None if caller.expires is None else _iso(caller.expires),
+        "created": iso(record.created * 1000),
+        "expires": None if caller.expires is None else iso(caller.expires * 1000),
         "key_hint": f"{KEY_PREFIX}…{record.last4}",
         "state": "expired" if expired else "active",
     }
 
 
-def _row(key: dict[str, Any]) -> list[str]:
+def _row(key: dict[str, Any]) -> list[Any]:
     names = (("requests_per_minute", "rpm"), ("tokens_per_minute", "tpm"), ("parallel", "run"), ("queued", "wait"))
     limits = [f"{key['limits'][name]} {unit}" for name, unit in names if key["limits"][name] is not None]
     if key["weight"] != 1:
@@ -195,12 +193,12 @@ def _row(key: dict[str, Any]) -> list[str]:
     return [
         key["id"],
         key["name"],
-        "-" if key["tenant"] == key["id"] else key["tenant"],
+        None if key["tenant"] == key["id"] else key["tenant"],
         ",".join(key["scopes"]),
         ",".join(key["models"]) or "all",
-        " · ".join(limits) or "-",
+        " · ".join(limits),
         key["created"][:10],
-        key["expires"] or "-",
+        key["expires"],
         key["key_hint"],
         key["state"],
     ]
@@ -214,7 +212,3 @@ def _run(action: Callable[[Any], Awaitable[T]], state_dir: Any, redis_url: str |
     settings = load_settings(state_dir=state_dir, redis_url=redis_url)
     pepper = load_or_create_pepper(settings)
     return with_redis(settings, lambda redis: action(KeyStore(redis, pepper)))
-
-
-def _iso(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -69,7 +69,7 @@ def pause(model: ThisModel, as_json: AsJson = False, redis_url: RedisUrl = None,
 
 @app.command()
 def resume(model: ThisModel, as_json: AsJson = False, redis_url: RedisUrl = None, state_dir: StateDir = None) -> None:
-    """Lift pause and drain; idle workers look at once."""
+    """Lift pause and drain; workers look within a second."""
     _set(load_settings(redis_url=redis_url, state_dir=state_dir), model, None, as_json)
 
 
@@ -108,7 +108,7 @@ def _set(settings: "Settings", model: str, mode: "Mode | None", as_json: bool) -
         if mode is not None:
             before = await operations.set_mode(redis, name, mode)
         else:
-            before = await operations.resume(redis, name, (await queue_status(redis, name)).workers)
+            before = await operations.resume(redis, name)
         return before, await queue_status(redis, name)
 
     before, status = with_redis(settings, change)

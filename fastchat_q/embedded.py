@@ -97,7 +97,7 @@ async def durability_findings(redis: "Redis") -> list[str]:
         findings.append("streams have no lag here: scale on the number of waiting jobs (docs/redis-servers.md)")
     try:
         # INFO and not CONFIG GET, which would show passwords too: a process needs no right to that.
-        info = {**await redis.info("memory"), **await redis.info("persistence"), **await redis.info("replication")}
+        info = await redis.info()
     except exceptions.ResponseError as error:
         advice = "see to it that appendonly is yes and maxmemory-policy noeviction"
         return [*findings, f"its settings cannot be read ({error}); {advice}"]

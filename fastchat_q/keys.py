@@ -20,7 +20,6 @@ QUARANTINE = "sus"
 
 ALL_LANES = (*LANES, QUARANTINE)
 
-MAX_BELLS = 64
 """Wake-up tokens that a bell holds at the most; the same number stands in ``lua/transitions.lua``."""
 
 

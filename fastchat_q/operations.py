@@ -39,15 +39,9 @@ async def set_mode(redis: "Redis", model: str, mode: Mode) -> str | None:
     return before.decode() if before else None
 
 
-async def resume(redis: "Redis", model: str, workers: int) -> str | None:
-    """Lifts pause and drain and wakes so many workers; returns the mode before."""
-    names = keys.model_keys(model)
-    pipe = redis.pipeline(transaction=True)
-    pipe.getdel(names.mode)
-    for _ in range(min(max(workers, 1), keys.MAX_BELLS)):
-        pipe.rpush(names.bell, "1")
-    pipe.ltrim(names.bell, 0, keys.MAX_BELLS - 1)
-    before = (await pipe.execute())[0]
+async def resume(redis: "Redis", model: str) -> str | None:
+    """Lifts pause and drain; returns the mode before. Workers of a paused queue look again by themselves."""
+    before = await redis.getdel(keys.model_keys(model).mode)
     return before.decode() if before else None
 
 

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from . import keys
 from .choices import JobFilter
 from .events import TERMINAL_STATES
-from .queue import estimate_s
+from .queue import eta_s
 from .records import JobRecord, Place, Standing, iso, milliseconds, number, read_records, text
 from .registry import Registration, Registry, capacity_of
 
@@ -137,7 +137,6 @@ async def _queue_status(redis: "Redis", model: str, registrations: Iterable[Regi
     service_ms = number(stat.get(b"service_ms"))
     waiting = dict(zip(keys.ALL_LANES, lines, strict=True))
     all_waiting = sum(lines) + delayed + parked
-    measured = service_ms is not None and slots > 0 and mode != b"paused"
     return QueueStatus(
         model=model,
         slug=keys.slug(model),
@@ -151,7 +150,7 @@ async def _queue_status(redis: "Redis", model: str, registrations: Iterable[Regi
         slots=slots,
         oldest_wait_s=max(waits, default=0) / 1000,
         service_ms=service_ms,
-        eta_s=round(estimate_s(all_waiting, service_ms or 0, slots), 1) if measured or not all_waiting else None,
+        eta_s=eta_s(all_waiting, service_ms, slots, paused=mode == b"paused") if all_waiting else 0.0,
         ended={state: number(stat.get(state.encode())) or 0 for state in sorted(TERMINAL_STATES)},
     )
 
@@ -208,22 +207,20 @@ async def _places(
     redis: "Redis", model: str, standings: set[Standing | None]
 ) -> AsyncIterator[list[tuple[str, Place]]]:
     names = keys.model_keys(model)
-    sources: list[tuple[Standing | None, str, Callable[[int, float], Place]]] = []
+    sources: list[tuple[str, Callable[[int, float], Place]]] = []
     if None in standings:
-        sources.append((None, names.lease, lambda _rank, _score: Place()))
+        sources.append((names.lease, lambda _rank, _score: Place()))
     if "line" in standings:
         before = 0
         for lane in ("sus", "hi", "lo"):
-            sources.append(("line", names.waiting(lane), _in_line(before)))
+            sources.append((names.waiting(lane), _in_line(before)))
             before = await redis.zcard(names.waiting("hi")) if lane == "hi" else 0
     if "delayed" in standings:
-        sources.append(("delayed", names.delay, lambda _rank, score: Place("delayed", retry_at_ms=int(score))))
+        sources.append((names.delay, lambda _rank, score: Place("delayed", retry_at_ms=int(score))))
     if "parked" in standings:
         tenants: Iterable[bytes] = sorted(await redis.hkeys(names.queued))  # type: ignore[misc]
-        sources += [
-            ("parked", names.parked(tenant.decode()), lambda _rank, _score: Place("parked")) for tenant in tenants
-        ]
-    for _, name, place in sources:
+        sources += [(names.parked(tenant.decode()), lambda _rank, _score: Place("parked")) for tenant in tenants]
+    for name, place in sources:
         start = 0
         while entries := await redis.zrange(name, start, start + SLICE - 1, withscores=True):
             yield [(job_id.decode(), place(start + i, score)) for i, (job_id, score) in enumerate(entries)]

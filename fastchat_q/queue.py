@@ -83,7 +83,7 @@ class Accepted:
     job_id: str
     """The job's id; that of an earlier job if the idempotency key was seen before."""
     place: int
-    """Place in the line, from 1; 0 for a job that was there already."""
+    """Place in the order of service, from 1; 0 for a job that was there already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +161,7 @@ class Queue:
             IdempotencyConflictError: the idempotency key belongs to another request.
         """
         key_digest, body_digest = terms.idempotency or ("", "")
-        if key_digest:
-            await self._check_model(job, terms, key_digest)
+        is_new_key = bool(key_digest) and await self._reserve_key(job, terms, key_digest)
         args: tuple[scripts.Arg, ...] = (
             job.id,
             job.lane,
@@ -191,6 +190,8 @@ class Queue:
             return Accepted(details[0].decode(), 0)
         if verdict == b"conflict":
             raise IdempotencyConflictError
+        if is_new_key:
+            await self._redis.delete(keys.idempotent_model(terms.tenant, key_digest))
         if verdict == b"draining":
             raise QueueDrainingError(f"The queue of model {job.model!r} is being drained and takes nothing new.")
         raise _full(job, terms, *details)
@@ -257,15 +258,25 @@ class Queue:
         back, dead = await self._call("disown", model, (worker_id, int(crashed), reason, *known))
         return back, dead
 
-    async def cancel(self, model: str, job_id: str, reason: str, *, leaving: str = "", fence: str = "") -> str:
+    async def cancel(
+        self,
+        model: str,
+        job_id: str,
+        reason: str,
+        *,
+        leaving: str = "",
+        fence: str = "",
+        tenant: str | None = None,
+    ) -> str:
         """Ends a job for its client at once; returns the state before, or ``none``.
 
         Args:
             leaving: an inbox that is given up; then the job is cancelled only if nobody else listens or is to.
             fence: of a claim that finds its job abandoned; then it is cancelled only if nobody listens at this moment,
                 and the state is returned as ``heard`` or ``lost`` if it is not.
+            tenant: whose job it must be; None: anybody's.
         """
-        args = (job_id, reason, keys.WORKER_CHANNEL_PREFIX, leaving, fence)
+        args = (job_id, reason, keys.WORKER_CHANNEL_PREFIX, leaving, fence, tenant or "")
         before: bytes = await self._call("cancel", model, args)
         return before.decode()
 
@@ -295,15 +306,16 @@ class Queue:
         mended: int = await self._call("reconcile", model, (jobs, LEASE_MS))
         return mended
 
-    async def _check_model(self, job: Job, terms: Terms, key_digest: str) -> None:
-        """Scripts see one model's keys: that a client's key is not used for another model is asked apart from them."""
+    async def _reserve_key(self, job: Job, terms: Terms, key_digest: str) -> bool:
+        """Whether the client's key is new; refuses one that is used for another model, whose keys no script sees."""
         name, mine = keys.idempotent_model(terms.tenant, key_digest), keys.slug(job.model)
         pipe = self._redis.pipeline(transaction=False)
         pipe.set(name, mine, nx=True, px=_ms(terms.deadline_s + terms.keep_s))
         pipe.get(name)
-        _, used_for = await pipe.execute()
+        is_new, used_for = await pipe.execute()
         if used_for is not None and used_for.decode() != mine:
             raise IdempotencyConflictError
+        return bool(is_new)
 
     async def _call(self, name: str, model: str, args: Sequence[scripts.Arg]) -> Any:
         return await scripts.call(self._redis, name, keys.model_keys(model).script_keys, args)
@@ -326,13 +338,27 @@ def finish_call(model: str, finish: Finish) -> scripts.Call:
     return scripts.Call("finish", keys.model_keys(model).script_keys, args)
 
 
-def estimate_s(jobs: int, service_ms: float, slots: int) -> float:
-    """Seconds until ``slots`` slots have served ``jobs`` jobs of the measured mean duration."""
-    return jobs * service_ms / 1000 / max(slots, 1)
+def position(lane: str, rank: int, interactive: int) -> int:
+    """Place in the order of service, from 1, of the job with this rank in its lane's line.
+
+    Args:
+        interactive: how many jobs wait in the interactive lane; those of the batch lane come after them.
+    """
+    return rank + 1 + (interactive if lane == "lo" else 0)
+
+
+def eta_s(jobs: int, service_ms: float | None, slots: int, *, paused: bool = False) -> float | None:
+    """Seconds until ``slots`` slots have served ``jobs`` jobs of the measured mean duration.
+
+    None: nothing was measured yet, nobody serves the model, or the queue is paused.
+    """
+    if service_ms is None or slots < 1 or paused:
+        return None
+    return round(jobs * service_ms / 1000 / slots, 1)
 
 
 def _full(job: Job, terms: Terms, what: bytes, waiting: int, service_ms: int) -> QueueFullError:
-    wait_s = estimate_s(waiting, service_ms, terms.slots) if service_ms else UNMEASURED_S
+    wait_s = eta_s(waiting, service_ms, max(terms.slots, 1)) or UNMEASURED_S
     if what == b"time":
         message = (
             f"The queue of model {job.model!r} is too long: {waiting} jobs wait, for about {wait_s:.0f} s, and "

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from . import keys
 from .events import TERMINAL_STATES, End, Result
-from .queue import estimate_s
+from .queue import eta_s, position
 from .registry import Registry, capacity_of
 
 ATTEMPTS_KEPT = 16
@@ -197,12 +197,11 @@ async def read_record(
     lane = text(row["lane"]) or keys.LANES[0]
     rank = ranks.get(lane)
     if rank is not None:
-        position = rank + 1 + (lengths["hi"] if lane == "lo" else 0)
+        place_in_line = position(lane, rank, lengths["hi"])
         if slots is None:
             _, slots = capacity_of(await Registry(redis).workers(), model_or_slug)
-        estimated = service_ms is not None and slots > 0 and mode != b"paused"
-        eta_s = round(estimate_s(position, number(service_ms) or 0, slots), 1) if estimated else None
-        place = Place("line", position, eta_s)
+        estimate = eta_s(place_in_line, number(service_ms), slots, paused=mode == b"paused")
+        place = Place("line", place_in_line, estimate)
     elif retry_at is not None:
         place = Place("delayed", retry_at_ms=int(retry_at))
     else:

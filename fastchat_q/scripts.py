@@ -27,9 +27,12 @@ TRANSITIONS = (
     "revive",
     "drop",
 )
-NAMES = (*TOKEN_PATH, *TRANSITIONS)
 STANDALONE = ("limit",)
 """Scripts with KEYS of their own, and no shared code."""
+NAMES = (*TOKEN_PATH, *TRANSITIONS, *STANDALONE)
+
+LOADS = 3
+"""So often scripts are loaded for one call: a server can forget them again before the call comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +74,12 @@ async def call(redis: "Redis", name: str, keys: Sequence[str], args: Sequence[Ar
         redis.RedisError: the server is away or refuses (``OutOfMemoryError`` at maxmemory).
     """
     sha = script(name).sha
-    try:
-        return await redis.evalsha(sha, len(keys), *keys, *args)  # type: ignore[misc, arg-type]
-    except NoScriptError:
-        await load_all(redis)
-        return await redis.evalsha(sha, len(keys), *keys, *args)  # type: ignore[misc, arg-type]
+    for _ in range(LOADS):
+        try:
+            return await redis.evalsha(sha, len(keys), *keys, *args)  # type: ignore[misc, arg-type]
+        except NoScriptError:
+            await load_all(redis)
+    return await redis.evalsha(sha, len(keys), *keys, *args)  # type: ignore[misc, arg-type]
 
 
 async def call_many(redis: "Redis", calls: Iterable[Call]) -> list[Any]:
@@ -86,7 +90,9 @@ async def call_many(redis: "Redis", calls: Iterable[Call]) -> list[Any]:
     """
     calls = list(calls)
     replies = await _pipeline(redis, calls)
-    if any(isinstance(reply, NoScriptError) for reply in replies):
+    for _ in range(LOADS):
+        if not any(isinstance(reply, NoScriptError) for reply in replies):
+            break
         await load_all(redis)
         replies = await _pipeline(redis, calls)
     return replies
@@ -95,7 +101,7 @@ async def call_many(redis: "Redis", calls: Iterable[Call]) -> list[Any]:
 async def load_all(redis: "Redis") -> None:
     """SCRIPT LOAD for all scripts, in one round trip."""
     pipe = redis.pipeline(transaction=False)
-    for name in (*NAMES, *STANDALONE):
+    for name in NAMES:
         pipe.script_load(script(name).source)
     await pipe.execute()
 

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import ModelNotAllowedError
 
-Scope = Literal["inference", "batch", "admin", "metrics"]
+Scope = Literal["inference", "batch", "admin"]
+"""``inference``: everything under ``/v1/``; ``batch``: jobs of the batch lane; ``admin``: everybody's jobs."""
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 DEFAULT_SCOPES: frozenset[Scope] = frozenset({"inference", "batch"})
 DEFAULT_TENANT = "default"

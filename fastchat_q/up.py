@@ -28,7 +28,7 @@ from .errors import ConfigurationError
 from .loops import AWAY, check_cancelled
 from .registry import Registration, Registry
 from .settings import Settings
-from .supervisor import Child, LogFile
+from .supervisor import Child, LogFile, how_it_ended
 
 REDIS_START_S = 60.0
 """Bound on loading a long append-only file."""
@@ -177,9 +177,9 @@ class Up:
         self._stop.set()
 
     def _on_exit(self, child: Child, code: int, delay_s: float) -> None:
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         words = child.last_words()
-        self._say(f"✘ {child.name:<13} ended with {how}; starts again in {delay_s:g} s{': ' + words if words else ''}")
+        how = how_it_ended(code)
+        self._say(f"✘ {child.name:<13} ended ({how}); starts again in {delay_s:g} s{': ' + words if words else ''}")
 
     async def _report(
         self, name: str, detail: str, is_up: Callable[[], Awaitable[bool]], limit_s: float = float("inf")

@@ -9,7 +9,6 @@ from .http_client import CHAT, get, post
 from .stack import API_KEY, Stack
 
 USER = {"role": "user", "content": "hi"}
-TEXT_OF_A_SURROGATE = {"type": "text", "text": "\udc00"}
 
 
 @pytest.fixture(autouse=True)
@@ -164,3 +163,19 @@ def test_a_failure_in_the_worker_before_the_first_token_has_its_own_status(echo_
         assert reply.error()["param"] == "messages"
         for name in echo_stack.job_keys("echo"):  # this one was a job: it is kept, as failed, for its TTL
             echo_stack.redis.delete(name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"user": "\udc00"}, "user"),
+        ({"metadata": {"a": "\udc00"}}, "metadata.a"),
+        ({"prompt_cache_key": "\udc00"}, "prompt_cache_key"),
+    ],
+)
+def test_a_field_that_changes_nothing_is_refused_all_the_same_if_it_is_no_text(
+    echo_stack: Stack, fields: dict[str, Any], param: str
+) -> None:
+    body = {"model": "echo", "messages": [USER], **fields}
+    reply = post(echo_stack.port, body, headers={"idempotency-key": "surrogate"})
+    assert (reply.status, reply.error()["param"]) == (400, param)

@@ -6,7 +6,7 @@ import pytest
 from redis.asyncio import Redis
 
 from fastchat_q import keys
-from fastchat_q.errors import IdempotencyConflictError
+from fastchat_q.errors import IdempotencyConflictError, QueueFullError
 from fastchat_q.queue import Queue, Terms
 
 from .protocol import MODEL, NAMES, claim, drop, enqueue, finish, job, lose_worker
@@ -72,3 +72,11 @@ async def test_a_key_that_was_used_for_another_model_is_a_conflict(redis: "Redis
         await queue.enqueue(other, Terms(idempotency=("key", "other body")))
     assert await redis.exists(keys.model_keys("other").live) == 0
     await queue.enqueue(other, Terms(tenant="somebody else", idempotency=("key", "other body")))
+
+
+async def test_a_refused_request_binds_its_key_to_nothing(redis: "Redis") -> None:
+    queue = Queue(redis)
+    with pytest.raises(QueueFullError):
+        await enqueue(queue, 1, max_waiting=0, idempotency=("key", "body"))
+    other = job(2).model_copy(update={"model": "other"})
+    await queue.enqueue(other, Terms(idempotency=("key", "other body")))

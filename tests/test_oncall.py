@@ -24,6 +24,7 @@ from fastchat_q.events import Result, Usage
 from fastchat_q.jobs import Job
 from fastchat_q.queue import Claim, Finish, Queue, Terms
 from fastchat_q.records import ATTEMPTS_KEPT, read_record
+from fastchat_q.registry import ModelCard, Registration, Registry
 from fastchat_q.tokens import append
 
 from .stack import RedisServer, Stack, wait_until
@@ -166,6 +167,13 @@ async def test_a_record_tells_place_estimate_and_outcome(redis: "Redis", queue: 
     record = await read_record(redis, SLUG, waiting)
     assert record is not None
     assert (record.model, record.place.position, record.place.eta_s) == (MODEL, 1, None)
+    await Registry(redis).announce(Registration.of_this_process("w1", ModelCard(MODEL, "echo", None, 0), 4))
+    estimates = []
+    for mode in ("", "paused"):
+        await redis.set(NAMES.mode, mode)
+        seen = await read_record(redis, SLUG, waiting)
+        estimates.append(seen and seen.place.eta_s)
+    assert estimates == [0.5, None], "a job of 2 s before it is served, four at a time"
     await append(redis, MODEL, [], [Finish(claim, 0, "succeeded", "stop", DONE)])
     ended = await read_record(redis, MODEL, running)
     assert ended is not None

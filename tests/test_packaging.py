@@ -83,11 +83,11 @@ def test_only_keys_py_spells_a_redis_name() -> None:
 
 
 def test_every_script_file_is_known_and_documented() -> None:
-    from fastchat_q.scripts import NAMES, STANDALONE
+    from fastchat_q.scripts import NAMES
 
     files = {path.stem: path.read_text() for path in (ROOT / "fastchat_q" / "lua").glob("*.lua")}
-    assert set(files) == {*NAMES, *STANDALONE, "prelude", "transitions"}
-    for name in (*NAMES, *STANDALONE):
+    assert set(files) == {*NAMES, "prelude", "transitions"}
+    for name in NAMES:
         head = files[name].partition("\nlocal ")[0]
         assert head.startswith(f"-- {name.upper()}: "), name
         assert "-- ARGV: " in head, name

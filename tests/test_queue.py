@@ -7,7 +7,7 @@ import pytest
 from fastchat_q.api.departures import Departures
 from redis.asyncio import Redis
 
-from fastchat_q import keys
+from fastchat_q import keys, scripts
 from fastchat_q.connection import connect
 from fastchat_q.errors import QueueFullError
 from fastchat_q.events import Delta, End, parse_line
@@ -312,6 +312,27 @@ async def test_scripts_and_group_come_back_after_flush(redis: "Redis") -> None:
     await redis.script_flush()
     answer = await append(redis, MODEL, [Chunk(held, 1, (1,), "x")], [Finish(held, 1, "succeeded", "stop", DONE)])
     assert (answer.chunks, answer.finishes) == ([Status.UNHEARD], [Status.OK])
+
+
+async def test_scripts_that_are_forgotten_again_between_load_and_call_are_loaded_again(
+    redis: "Redis", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, load_all = Queue(redis), scripts.load_all
+    await enqueue(queue)
+    [held] = await claim(queue)
+    forgotten = [True, True]
+
+    async def load_for_a_moment(redis: "Redis") -> None:
+        await load_all(redis)
+        if forgotten.pop():
+            await redis.script_flush()
+
+    monkeypatch.setattr(scripts, "load_all", load_for_a_moment)
+    for call in (lambda: emit(redis, held, 1, 7), lambda: queue.renew(MODEL, [held])):
+        await redis.script_flush()
+        forgotten[:] = [False, True]
+        assert await call() in (Status.OK, [])
+        assert forgotten == []
 
 
 async def test_at_maxmemory_new_jobs_are_refused_and_running_ones_drain(redis: "Redis") -> None:

@@ -120,7 +120,8 @@ class QueueMachine(QueueComparison):
             new.id, tenant, terms.weight, new.cost, terms.max_parallel, lane, lane, enq_ms, 0.0, words, key and known
         )
         model.enqueue(fresh, had)
-        assert answer.place == (1 if had else model.at("line", lane).index(fresh) + 1)
+        ahead = len(model.at("line", "hi")) if lane == "lo" else 0
+        assert answer.place == (1 if had else ahead + model.at("line", lane).index(fresh) + 1)
         if key:
             model.idempotency[known] = (new.id, body)
 

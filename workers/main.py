@@ -5,12 +5,11 @@ import faulthandler
 import os
 import signal
 import sys
-from dataclasses import dataclass
 
 import structlog
 import uvloop
 
-from fastchat_q.choices import Device, Dtype, EngineName
+from fastchat_q.choices import WorkerOptions
 from fastchat_q.errors import ConfigurationError
 from fastchat_q.models import served_name
 
@@ -25,20 +24,6 @@ DEFAULT_SLOTS = {"transformers": 16, "echo": 64}
 EXIT_FAILED = 1
 EXIT_HUNG = 70
 """The engine's thread hangs: of its own, so that a supervisor of any kind can tell it from a crash."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerOptions:
-    """What a worker is told on its command line."""
-
-    model: str
-    name: str | None
-    engine: EngineName
-    slots: int | None
-    device: Device
-    dtype: Dtype
-    threads: int | None
-    token_delay_ms: float
 
 
 def run(options: WorkerOptions, limits: Limits, redis_url: str, worker_id: str | None) -> None:

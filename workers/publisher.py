@@ -5,14 +5,12 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from fastchat_q.connection import TRANSIENT
-from fastchat_q.events import Result
 from fastchat_q.loops import check_cancelled
 from fastchat_q.queue import Claim, Finish
 from fastchat_q.tokens import Chunk, Status, append
@@ -24,23 +22,13 @@ WINDOW_S = 0.02
 RETRY_S = 0.2
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """The end of a job, as the worker sees it."""
-
-    state: Literal["succeeded", "failed", "retry"]
-    reason: str
-    result: Result
-    backoff_s: float = 0.0
-
-
 @dataclass(slots=True)
 class _Pending:
     claim: Claim
     n: int
     ids: list[int]
     texts: list[str]
-    outcome: Outcome | None
+    finish: Finish | None
 
 
 class Publisher:
@@ -58,12 +46,10 @@ class Publisher:
         model: str,
         on_lost: Callable[[Claim], None],
         on_sent: Callable[[Claim, float, bool], None],
-        window_s: float = WINDOW_S,
     ) -> None:
         self._redis = redis
         self._model = model
         self._on_lost, self._on_sent = on_lost, on_sent
-        self._window_s = window_s
         self._pending: dict[str, _Pending] = {}
         self._sending: list[_Pending] = []
         self._some = asyncio.Event()
@@ -71,18 +57,18 @@ class Publisher:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def add(self, claim: Claim, n: int, ids: tuple[int, ...], text: str, outcome: Outcome | None, urgent: bool) -> None:
+    def add(self, claim: Claim, n: int, ids: tuple[int, ...], text: str, finish: Finish | None, urgent: bool) -> None:
         """Queues tokens that bring the job to ``n``, and its end if it came."""
         pending = self._pending.get(claim.job_id)
         if pending is None or pending.claim is not claim:  # what is left of an earlier claim of this job is void
-            self._pending[claim.job_id] = _Pending(claim, n, list(ids), [text], outcome)
+            self._pending[claim.job_id] = _Pending(claim, n, list(ids), [text], finish)
         else:
-            pending.n, pending.outcome = n, outcome
+            pending.n, pending.finish = n, finish
             pending.ids += ids
             pending.texts.append(text)
         self._some.set()
         self._idle.clear()
-        if urgent or outcome is not None:
+        if urgent or finish is not None:
             self._urgent.set()
 
     def forget(self, claim: Claim) -> None:
@@ -107,7 +93,7 @@ class Publisher:
         while True:
             check_cancelled()
             await self._some.wait()
-            rest = last + self._window_s - loop.time()
+            rest = last + WINDOW_S - loop.time()
             if rest > 0 and not self._urgent.is_set():
                 await self._wait_urgent(rest)
             self._some.clear()
@@ -131,7 +117,7 @@ class Publisher:
         while True:
             check_cancelled()
             chunks = [Chunk(p.claim, p.n, tuple(p.ids), "".join(p.texts)) for p in self._sending if p.ids]
-            finishes = [_finish(p.claim, p.n, p.outcome) for p in self._sending if p.outcome is not None]
+            finishes = [p.finish for p in self._sending if p.finish is not None]
             sent = time.monotonic()
             try:
                 answer = await append(self._redis, self._model, chunks, finishes)
@@ -158,7 +144,3 @@ class Publisher:
     def _lost(self, claim: Claim) -> None:
         self.forget(claim)
         self._on_lost(claim)
-
-
-def _finish(claim: Claim, n: int, outcome: Outcome) -> Finish:
-    return Finish(claim, n, outcome.state, outcome.reason, outcome.result, outcome.backoff_s)

@@ -14,7 +14,7 @@ from fastchat_q.errors import FastchatQError, InvalidRequestError, JobFailedErro
 from fastchat_q.events import Result
 from fastchat_q.jobs import Job
 from fastchat_q.loops import AWAY, PreemptedError, check_cancelled, every, listen, unless
-from fastchat_q.queue import LEASE_MS, REAP_S, RECONCILE_S, Claim, Queue
+from fastchat_q.queue import LEASE_MS, REAP_S, RECONCILE_S, Claim, Finish, Queue
 from fastchat_q.registry import HEARTBEAT_S, Registration, Registry, process_id
 from fastchat_q.sentinel import FOLLOW_S, follow_master
 from fastchat_q.tokens import read
@@ -22,7 +22,7 @@ from fastchat_q.tokens import read
 from .active import Active, Links
 from .claimer import Claimer
 from .engines.base import OUT_OF_MEMORY, Ended, Engine, Output, Request
-from .publisher import Outcome, Publisher
+from .publisher import Publisher
 from .slots import Slots
 from .watch import PERIOD_S, Watch
 
@@ -73,7 +73,7 @@ class Worker:
         self.id = worker_id or process_id("w")
         self._model = engine.card.name
         self._links = links
-        self._queue, self._leases = Queue(links.commands), Queue(links.once)
+        self._queue, self._once = Queue(links.commands), Queue(links.once)
         self._registry = Registry(links.commands)
         self._engine = engine
         self._limits = limits
@@ -85,7 +85,7 @@ class Worker:
         self._publisher = Publisher(links.once, self._model, self._lost, self._sent)
         self._registration = Registration.of_this_process(self.id, engine.card, engine.slots, supervisor)
         self._claimer = Claimer(
-            self._leases,
+            self._once,
             Queue(links.blocking),
             self._model,
             self.id,
@@ -205,13 +205,13 @@ class Worker:
             log.warning("out of memory: fewer jobs at a time from now on", slots=self._slots.now)
 
     def _end(self, active: Active, ids: tuple[int, ...], text: str, ended: Ended) -> None:
-        outcome = _outcome(active.claim, ended)
+        finish = _finish(active, ended)
         if ended.error is not None and not isinstance(ended.error, InvalidRequestError):
-            log.error(outcome.state, job=active.claim.job_id, error=str(ended.error))
-        self._publisher.add(active.claim, active.n, ids, text, outcome, urgent=True)
+            log.error(finish.state, job=active.claim.job_id, error=str(ended.error))
+        self._publisher.add(active.claim, active.n, ids, text, finish, urgent=True)
         took = round(time.monotonic() - active.since, 3)
         log.info(
-            "done", job=active.claim.job_id, model=self._model, tokens=active.n, seconds=took, reason=outcome.reason
+            "done", job=active.claim.job_id, model=self._model, tokens=active.n, seconds=took, reason=finish.reason
         )
         self._free(active.claim.job_id)
 
@@ -287,7 +287,7 @@ class Worker:
         if self._watch.silent or not self._active:
             return
         sent, claims = time.monotonic(), [active.claim for active in self._active.values()]
-        lost = await self._leases.renew(self._model, claims)
+        lost = await self._once.renew(self._model, claims)
         for claim in lost:
             self._lost(claim)
         for claim in claims:
@@ -338,16 +338,16 @@ class Worker:
         await self._publisher.flushed()
 
 
-def _outcome(claim: Claim, ended: Ended) -> Outcome:
-    error = ended.error
+def _finish(active: Active, ended: Ended) -> Finish:
+    claim, error = active.claim, ended.error
     if error is None:
         result = Result(finish_reason=ended.finish_reason, usage=ended.usage)
-        return Outcome("succeeded", ended.finish_reason or "stop", result)
+        return Finish(claim, active.n, "succeeded", ended.finish_reason or "stop", result)
     reason, result = error.code or error.type, Result.from_error(error)
     if isinstance(error, RetryableError):  # full jitter: jobs that failed together do not come back together
         backoff_s = random.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2**claim.retries))
-        return Outcome("retry", reason, result, backoff_s)
-    return Outcome("failed", reason, result)
+        return Finish(claim, active.n, "retry", reason, result, backoff_s)
+    return Finish(claim, active.n, "failed", reason, result)
 
 
 def _threadsafe(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: object) -> None:

@@ -2,12 +2,14 @@
 --
 -- ARGV: 1 id, 2 reason, 3 prefix of the workers' hint channels, 4 '' or the inbox that leaves: then the job is cancelled
 --       only if no other inbox is left and it is not to go on with nobody listening, 5 '' or the fence of a claim that
---       finds its job abandoned: then it is cancelled only if nobody listens at this moment
+--       finds its job abandoned: then it is cancelled only if nobody listens at this moment, 6 tenant whose job it must
+--       be, or ''
 -- returns the state before, or 'none'; for a fence also 'lost' (somebody else's by now) | 'heard'
 allow_at_maxmemory()
 local id, leaving = ARGV[1], ARGV[4]
-local h = redis.call('HMGET', JOB .. id, 'state', 'worker', 'inbox', 'fence')
+local h = redis.call('HMGET', JOB .. id, 'state', 'worker', 'inbox', 'fence', 'tenant')
 local state, worker = h[1], h[2]
+if ARGV[6] ~= '' and h[5] ~= ARGV[6] then return 'none' end
 if state ~= 'queued' and state ~= 'running' then return state or 'none' end
 if ARGV[5] ~= '' then
   if h[4] ~= ARGV[5] then return 'lost' end

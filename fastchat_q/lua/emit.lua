@@ -15,7 +15,7 @@ for i = 2, #ARGV, 5 do
   elseif tonumber(h[3]) ~= n - k then status = 3
   else
     redis.call('XADD', LOG .. id, '0-' .. n, 'k', k, 'd', payload)
-    if h[3] == '0' then redis.call('PEXPIREAT', LOG .. id, h[5] + 3600000) end   -- a log never outlives its job
+    if h[3] == '0' then redis.call('PEXPIREAT', LOG .. id, h[5] + SAFETY_MS) end   -- a log never outlives its job
     redis.call('HSET', JOB .. id, 'n', n)
     redis.call('ZADD', LEASE, t + lease, id)
     local inbox = lines[h[4]]

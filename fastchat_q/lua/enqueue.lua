@@ -11,7 +11,7 @@
 --       tenant that wait and 13 that run (0: no limit), 14 ms to keep the result, 15 view (JSON, for those who read the
 --       job later), 16 '' or '<tenant>:<digest of its idempotency key>', 17 digest of the request, 18 slots that serve the
 --       model, 19.. of a job that Redis lost, the log entries that its client has: n, tokens, payload
--- returns {'new', place in the line} | {'dup', id, state} | {'conflict', id} | {'draining'} |
+-- returns {'new', place in the order of service} | {'dup', id, state} | {'conflict', id} | {'draining'} |
 --         {'full', 'lane' | 'tenant' | 'time', how many wait, measured ms per job}
 local CREDIT = 4
 local EPOCH = 2 ^ 32   -- the first tag: credits lead behind it, and tags below 0 are for jobs that were claimed before
@@ -54,14 +54,13 @@ redis.call('HSET', JOB .. id, 'state', 'queued', 'lane', lane, 'home', lane, 'in
   'fence', '', 'attempt', 0, 'deaths', 0, 'retries', 0, 'max_deaths', ARGV[8], 'n', n, 'sid', '', 'worker', '',
   'tenant', tenant, 'weight', ARGV[10], 'cost', ARGV[11], 'parallel', ARGV[13], 'keep_ms', ARGV[14], 'view', ARGV[15],
   'idem', idem, 'enq_ms', t, 'start_by_ms', start_by, 'deadline_ms', deadline)
-redis.call('PEXPIREAT', JOB .. id, deadline + 3600000)   -- a safety net: nothing lives for ever
-if idem ~= '' then redis.call('SET', IDEM .. idem, id .. ' ' .. ARGV[17], 'PXAT', deadline + 3600000) end
+redis.call('PEXPIREAT', JOB .. id, deadline + SAFETY_MS)
+if idem ~= '' then redis.call('SET', IDEM .. idem, id .. ' ' .. ARGV[17], 'PXAT', deadline + SAFETY_MS) end
 redis.call('ZADD', LIVE, start_by, id)
 local others = redis.call('EXISTS', QUEUED) == 1
 count(QUEUED, tenant, 1)
 if n > 0 then
-  for i = 19, #ARGV, 3 do redis.call('XADD', LOG .. id, '0-' .. ARGV[i], 'k', ARGV[i + 1], 'd', ARGV[i + 2]) end
-  redis.call('PEXPIREAT', LOG .. id, deadline + 3600000)
+  append_to_log(id, 19, deadline)
   stand_in_line(id, lane, t - HANDED_BACK)
   return {'new', 1}
 end
@@ -76,4 +75,5 @@ else
 end
 redis.call('HSET', TAGS[lane], 'F:' .. tenant, tag + share)
 stand_in_line(id, lane, tag)
-return {'new', redis.call('ZRANK', WAIT[lane], id) + 1}
+local ahead = lane == 'lo' and redis.call('ZCARD', WAIT['hi']) or 0   -- the batch lane comes after the interactive one
+return {'new', ahead + redis.call('ZRANK', WAIT[lane], id) + 1}

@@ -4,6 +4,7 @@
 --
 -- KEYS: 1 job prefix, 2 token log prefix, 3 lease
 local JOB, LOG, LEASE = KEYS[1], KEYS[2], KEYS[3]
+local SAFETY_MS = 3600000   -- records and logs are kept so long beyond their job's deadline: nothing lives for ever
 
 local function now()
   local t = redis.call('TIME')

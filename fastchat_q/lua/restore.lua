@@ -8,8 +8,7 @@ local id, have, n = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[#ARGV - 2])
 local h = redis.call('HMGET', JOB .. id, 'state', 'n', 'deadline_ms')
 if h[1] ~= 'queued' and h[1] ~= 'running' then return 0 end
 if tonumber(h[2]) ~= have then return 3 end
-for i = 3, #ARGV, 3 do redis.call('XADD', LOG .. id, '0-' .. ARGV[i], 'k', ARGV[i + 1], 'd', ARGV[i + 2]) end
-redis.call('PEXPIREAT', LOG .. id, h[3] + 3600000)
+append_to_log(id, 3, h[3])
 redis.call('HSET', JOB .. id, 'n', n)
 if h[1] == 'running' then hand_back(id, 'log rolled back') end
 return 1

@@ -9,13 +9,13 @@ if h[1] ~= 'dead' then return 0 end
 local t, lane, n = now(), h[2], tonumber(h[4])
 local deadline = t + tonumber(ARGV[3])
 local start_by = math.min(deadline, t + tonumber(ARGV[2]))
-redis.call('PEXPIREAT', JOB .. id, deadline + 3600000)
+redis.call('PEXPIREAT', JOB .. id, deadline + SAFETY_MS)
 if ARGV[4] ~= '' then
   redis.call('HSET', JOB .. id, 'spec', ARGV[4])
   redis.call('DEL', LOG .. id)
   n = 0
 end
-redis.call('PEXPIREAT', LOG .. id, deadline + 3600000)
+redis.call('PEXPIREAT', LOG .. id, deadline + SAFETY_MS)
 redis.call('HSET', JOB .. id, 'state', 'queued', 'lane', lane, 'attempt', 0, 'deaths', 0, 'retries', 0, 'n', n,
   'start_by_ms', start_by, 'deadline_ms', deadline, 'enq_ms', t, 'idem', '')
 local past = {'reason', 'result', 'done_ms', 'dead_sid'}

@@ -95,6 +95,12 @@ local function unpark(tenant)
   end
 end
 
+-- Entries that a client has and Redis lost: ARGV from `first` on holds n, tokens and payload of each.
+local function append_to_log(id, first, deadline_ms)
+  for i = first, #ARGV, 3 do redis.call('XADD', LOG .. id, '0-' .. ARGV[i], 'k', ARGV[i + 1], 'd', ARGV[i + 2]) end
+  redis.call('PEXPIREAT', LOG .. id, deadline_ms + SAFETY_MS)
+end
+
 local function stop_running(id, lane, sid, tenant)
   unstream(lane, sid)
   redis.call('ZREM', LEASE, id)
