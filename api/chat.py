@@ -13,11 +13,12 @@ from fastchat_q.jobs import Job
 from fastchat_q.keys import public_job_id
 from fastchat_q.loops import PreemptedError, unless
 from fastchat_q.queue import KEEP_S, Terms
+from fastchat_q.tenants import Caller
 
 from . import render
 from .admission import admit
 from .auth import caller_of
-from .limits import NOTHING
+from .limits import NOTHING, Reservation
 from .problems import error_response
 from .schemas import ChatRequest
 from .service import Service, service_of
@@ -37,12 +38,15 @@ MAX_IDEMPOTENCY_KEY = 255
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Queues the request as a job and answers with what a worker makes of it."""
     service = service_of(request)
-    job = body.to_job()
-    await admit(service.catalog, caller_of(request), job.model, job.lane)
+    job, caller = body.to_job(), caller_of(request)
+    idempotency = _idempotency(body, request)
+    known = idempotency is not None and await service.queue.is_known(job.model, caller.tenant, idempotency[0])
+    if not known:  # an answer that is there needs no worker
+        await admit(service.catalog, caller, job.model, job.lane)
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     view = render.View(job.id, job.model, int(time.time()), job.lane, include_usage)
-    terms = _terms(service, body, job, view, request)
-    reservation = await service.limits.reserve(caller_of(request), job)
+    terms = _terms(service, caller, body, job, view, idempotency)
+    reservation = Reservation(caller) if known else await service.limits.reserve(caller, job)
     try:
         stream = await service.relay.submit(job, terms)
     except BaseException:
@@ -79,11 +83,16 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
             leave()
 
 
-def _terms(service: Service, body: ChatRequest, job: Job, view: render.View, request: Request) -> Terms:
+def _terms(
+    service: Service,
+    caller: Caller,
+    body: ChatRequest,
+    job: Job,
+    view: render.View,
+    idempotency: tuple[str, str] | None,
+) -> Terms:
     settings = service.settings
-    idempotency = _idempotency(body, request)
     detached = body.on_disconnect == "continue"
-    caller = caller_of(request)
     return Terms(
         tenant=caller.tenant,
         weight=caller.weight,

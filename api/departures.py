@@ -1,6 +1,7 @@
 """Clients that left: their jobs are cancelled, at once or after a grace in which they may come back."""
 
 import asyncio
+from collections.abc import Callable
 
 import structlog
 from redis.exceptions import RedisError
@@ -12,24 +13,31 @@ from fastchat_q.queue import Queue
 log = structlog.get_logger()
 
 REASON = "client disconnected"
+AWAITED_S = 1.0
+"""A grace that ends while a reader is being let in goes on for so long."""
 
 
 class Departures:
     """Cancels what nobody reads any more. `run` must be running; nothing else here blocks."""
 
-    def __init__(self, queue: Queue, inbox: str) -> None:
+    def __init__(self, queue: Queue, inbox: str, awaited: Callable[[str], bool]) -> None:
+        """``awaited``: whether a reader is about to come to a job, by its id."""
         self._queue = queue
         self._inbox = inbox
-        self._due: asyncio.Queue[tuple[str, str, str]] = asyncio.Queue()
+        self._awaited = awaited
+        self._due: asyncio.Queue[tuple[str, str, bool]] = asyncio.Queue()
         self._graced: dict[str, asyncio.TimerHandle] = {}
 
     def at_once(self, model: str, job_id: str) -> None:
         """Cancels the job unless somebody else listens, or it is to go on with nobody listening."""
-        self._due.put_nowait((model, job_id, self._inbox))
+        self._due.put_nowait((model, job_id, False))
 
     def refused(self, model: str, job_id: str) -> None:
-        """Cancels the job whatever its terms: it may have been accepted though its client was told the opposite."""
-        self._due.put_nowait((model, job_id, ""))
+        """The same whatever its terms: it may have been accepted though its client was told the opposite.
+
+        A client that asked again with its idempotency key, elsewhere, does listen.
+        """
+        self._due.put_nowait((model, job_id, True))
 
     def after(self, grace_s: float, model: str, job_id: str) -> None:
         """As `at_once`, in ``grace_s`` seconds, unless it is called off."""
@@ -58,10 +66,10 @@ class Departures:
         """The loop, for ever."""
         while True:
             check_cancelled()
-            model, job_id, leaving = await self._due.get()
+            model, job_id, refused = await self._due.get()
             while True:
                 try:
-                    before = await self._queue.cancel(model, job_id, REASON, leaving=leaving)
+                    before = await self._queue.cancel(model, job_id, REASON, leaving=self._inbox, refused=refused)
                     log.info("left", job=job_id, model=model, state=before)
                     break
                 except TRANSIENT:
@@ -74,4 +82,7 @@ class Departures:
 
     def _grace_over(self, model: str, job_id: str) -> None:
         del self._graced[job_id]
-        self.at_once(model, job_id)
+        if self._awaited(job_id):  # it is told by then whether it may read the job
+            self.after(AWAITED_S, model, job_id)
+        else:
+            self.at_once(model, job_id)

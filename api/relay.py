@@ -47,7 +47,7 @@ class Relay:
         self._behind: dict[JobStream, None] = {}
         self._some_behind = asyncio.Event()
         self._catch_up = CatchUp(redis, slots)
-        self._departures = Departures(self._queue, self._inbox)
+        self._departures = Departures(self._queue, self._inbox, self._streams.__contains__)
 
     async def submit(self, job: Job, terms: Terms) -> JobStream:
         """Enqueues a job and returns its stream; whoever calls this also calls `leave`.
@@ -100,7 +100,8 @@ class Relay:
 
     def leave(self, stream: JobStream, grace_s: float) -> None:
         """The reader is gone. After ``grace_s`` the job is cancelled, unless it has ended or somebody reads it."""
-        if self._close(stream) and not stream.ended and stream.job_id not in self._streams:
+        is_read = any(other.accepted for other in self._streams.get(stream.job_id, ()) if other is not stream)
+        if self._close(stream) and not stream.ended and not is_read:
             self._departures.after(grace_s, stream.model, stream.job_id)
 
     async def settled(self, timeout_s: float) -> None:
@@ -122,7 +123,6 @@ class Relay:
     def _open(self, model: str, job_id: str, after: int, submission: Submission | None) -> JobStream:
         stream = JobStream(model, job_id, after, submission, self._now(), lambda s: self._fall_behind([s]))
         self._streams.setdefault(job_id, []).append(stream)
-        self._departures.called_off(job_id)
         return stream
 
     def _close(self, stream: JobStream) -> bool:
@@ -141,6 +141,7 @@ class Relay:
             raise JobNotFoundError(keys.public_job_id(stream.model, stream.job_id))
         stream.view = view
         stream.accepted = True
+        self._departures.called_off(stream.job_id)
         self._fall_behind([stream])
 
     async def _listen(self) -> None:

@@ -128,8 +128,15 @@ def retry(
     async def again(redis: "Redis", name: str, job_ids: list[str]) -> list[bool]:
         from .operations import revive
 
-        clocks = {"queue_deadline_s": settings.queue_deadline_s, "deadline_s": settings.deadline_s}
-        return await revive(redis, name, job_ids, **clocks, spec=replacement)
+        return await revive(
+            redis,
+            name,
+            job_ids,
+            queue_deadline_s=settings.queue_deadline_s,
+            deadline_s=settings.deadline_s,
+            keep_s=settings.result_ttl_s,
+            spec=replacement,
+        )
 
     try:
         _report(_apply(settings, jobs, model, again), "retried", as_json)

@@ -13,18 +13,28 @@ Mode = Literal["paused", "draining"]
 
 
 async def revive(
-    redis: "Redis", model: str, job_ids: Sequence[str], *, queue_deadline_s: float, deadline_s: float, spec: str = ""
+    redis: "Redis",
+    model: str,
+    job_ids: Sequence[str],
+    *,
+    queue_deadline_s: float,
+    deadline_s: float,
+    keep_s: float,
+    spec: str = "",
 ) -> list[bool]:
     """Gives dead jobs another life, with counters at zero; for each, whether it was dead.
 
     Args:
+        keep_s: how long its answer is kept: nobody listens, so somebody has to come for it.
         spec: another one for the only job; with it the job starts over, else behind its last token.
 
     Raises:
         redis.RedisError: the server is away, or refuses (at maxmemory).
     """
-    names, clocks = keys.model_keys(model).script_keys, (round(queue_deadline_s * 1000), round(deadline_s * 1000))
-    return await _each(redis, [scripts.Call("revive", names, (job_id, *clocks, spec)) for job_id in job_ids])
+    names = keys.model_keys(model).script_keys
+    queue_deadline_ms, deadline_ms, keep_ms = (round(s * 1000) for s in (queue_deadline_s, deadline_s, keep_s))
+    rest = (queue_deadline_ms, deadline_ms, spec, keep_ms)
+    return await _each(redis, [scripts.Call("revive", names, (job_id, *rest)) for job_id in job_ids])
 
 
 async def drop(redis: "Redis", model: str, job_ids: Sequence[str]) -> list[bool]:

@@ -258,6 +258,12 @@ class Queue:
         back, dead = await self._call("disown", model, (worker_id, int(crashed), reason, *known))
         return back, dead
 
+    async def is_known(self, model: str, tenant: str, key_digest: str) -> bool:
+        """Whether the client's idempotency key has a job of this model."""
+        names = keys.model_keys(model)
+        known: bytes | None = await self._redis.get(names.idempotency(f"{tenant}:{key_digest}"))
+        return known is not None and bool(await self._redis.exists(names.job(known.split()[0].decode())))
+
     async def cancel(
         self,
         model: str,
@@ -265,6 +271,7 @@ class Queue:
         reason: str,
         *,
         leaving: str = "",
+        refused: bool = False,
         fence: str = "",
         tenant: str | None = None,
     ) -> str:
@@ -272,11 +279,12 @@ class Queue:
 
         Args:
             leaving: an inbox that is given up; then the job is cancelled only if nobody else listens or is to.
+            refused: who left was told that there is no job: it need not go on with nobody listening.
             fence: of a claim that finds its job abandoned; then it is cancelled only if nobody listens at this moment,
                 and the state is returned as ``heard`` or ``lost`` if it is not.
             tenant: whose job it must be; None: anybody's.
         """
-        args = (job_id, reason, keys.WORKER_CHANNEL_PREFIX, leaving, fence, tenant or "")
+        args = (job_id, reason, keys.WORKER_CHANNEL_PREFIX, leaving, fence, tenant or "", int(refused))
         before: bytes = await self._call("cancel", model, args)
         return before.decode()
 

@@ -59,7 +59,7 @@ async def expire_lease(redis: "Redis", number: int = 1) -> None:
 
 
 async def revive(redis: "Redis", number: int = 1, spec: str = "") -> int:
-    args = (f"JOB{number:04}", 600_000, 3_600_000, spec)
+    args = (f"JOB{number:04}", 600_000, 3_600_000, spec, 60_000)
     return int(await scripts.call(redis, "revive", NAMES.script_keys, args))
 
 

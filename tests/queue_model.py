@@ -242,6 +242,7 @@ class QueueModel:
         job.state, job.place, job.lane, job.late = "queued", "line", job.home, ""
         job.attempt = job.deaths = job.retries = 0
         job.enq_ms, job.score, job.worker = enq_ms, enq_ms - HANDED_BACK, ""
+        job.inbox = ["*"]
         self.away.discard(job.tenant)
         if anew:
             job.log = []

@@ -101,6 +101,8 @@ async def test_a_revived_job_starts_with_counters_at_zero_behind_its_tokens_or_a
         None,
         None,
     ]
+    assert await field(redis, "inbox") == "*", "nobody may be there to hear it"
+    assert (await field(redis, "keep_ms"), await field(redis, "void")) == ("60000", "1" if anew else None)
     [again] = await claim(queue)
     assert (again.attempt, again.n, again.lane) == (1, 0 if anew else 1, "hi")
     assert again.spec.decode() == (other if anew else job().to_spec())

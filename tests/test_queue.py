@@ -4,7 +4,6 @@ import asyncio
 import signal
 
 import pytest
-from fastchat_q.api.departures import Departures
 from redis.asyncio import Redis
 
 from fastchat_q import keys, scripts
@@ -433,18 +432,3 @@ async def test_a_worker_that_finds_its_job_abandoned_asks_whether_somebody_liste
     assert await queue.cancel(MODEL, other.job_id, "gone", fence=other.fence) == "running"
     assert await field(redis, "state", 2) == "cancelled"
     await pubsub.aclose()  # type: ignore[no-untyped-call]
-
-
-async def test_a_job_whose_acceptance_is_unknown_is_cancelled_though_it_was_to_continue(redis: "Redis") -> None:
-    queue = Queue(redis)
-    await enqueue(queue, detached=True)
-    departures = Departures(queue, "fq:inbox:t")
-    running = asyncio.create_task(departures.run())
-    departures.at_once(MODEL, "JOB0001")
-    await departures.settled(5)
-    assert await field(redis, "state") == "queued", "its client left, and wants it done"
-    departures.refused(MODEL, "JOB0001")
-    await departures.settled(5)
-    assert await field(redis, "state") == "cancelled", "its client was told that it was not accepted"
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)

@@ -377,7 +377,7 @@ class QueueMachine(QueueComparison):
         if target is None:
             return
         spec = self.terms[target.id][0].to_spec() if anew else ""
-        done = self.call("revive", target.id, 600_000, 3_600_000, spec)
+        done = self.call("revive", target.id, 600_000, 3_600_000, spec, 60_000)
         assert done == (target.state == "dead")
         if done:
             self.ended.pop(target.id, None)

@@ -1,7 +1,7 @@
 -- CANCEL: immediate for the client; the worker learns it from the hint, or else from its next EMIT.
 --
 -- ARGV: 1 id, 2 reason, 3 prefix of the workers' hint channels, 4 '' or the inbox that leaves: then the job is cancelled
---       only if no other inbox is left and it is not to go on with nobody listening, 5 '' or the fence of a claim that
+--       only if no other inbox is left and it is not to go on with nobody listening (which counts unless 7 is '1'), 5 '' or the fence of a claim that
 --       finds its job abandoned: then it is cancelled only if nobody listens at this moment, 6 tenant whose job it must
 --       be, or ''
 -- returns the state before, or 'none'; for a fence also 'lost' (somebody else's by now) | 'heard'
@@ -16,11 +16,14 @@ if ARGV[5] ~= '' then
   if string.find(h[3], '*', 1, true) or publish(h[3], '') > 0 then return 'heard' end
 end
 if leaving ~= '' then
-  local left = {}
+  local left, wanted = {}, false
   for word in string.gmatch(h[3], '%S+') do
-    if word ~= leaving then left[#left + 1] = word end
+    if word ~= leaving then
+      left[#left + 1] = word
+      wanted = wanted or word ~= '*' or ARGV[7] ~= '1'
+    end
   end
-  if #left > 0 then
+  if wanted then
     redis.call('HSET', JOB .. id, 'inbox', table.concat(left, ' '))
     return state
   end
