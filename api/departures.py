@@ -60,7 +60,7 @@ class Departures:
             async with asyncio.timeout(timeout_s):
                 await self._due.join()
         except TimeoutError:
-            log.warning("not all left jobs could be cancelled: they run to their end", jobs=self._due.qsize())
+            log.warning("not all left jobs could be cancelled in time: they run to their end")
 
     async def run(self) -> None:
         """The loop, for ever."""
