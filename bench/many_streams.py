@@ -92,10 +92,7 @@ def main() -> None:
         flags = ("--no-supervise", "--slots", str(slots), "--token-delay-ms", str(options.token_delay_ms))
         workers = {}
         for number in range(WORKERS):
-            process = system.worker(MODEL, *flags)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            workers[f"worker {number + 1}"] = process.pid
+            workers[f"worker {number + 1}"] = stack.enter_context(system.worker(MODEL, *flags)).pid
         wait(lambda: MODEL in models(system.port), "a worker")
         pids = {"api": system.api_pid, **workers, "redis": system.redis_pid}
         idle = {name: peak_mib(pid) for name, pid in pids.items()}

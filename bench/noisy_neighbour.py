@@ -10,21 +10,20 @@ was not there yet, and beside single jobs of B. ``FASTCHAT_Q_TENANT_HEADROOM=0``
 import argparse
 import asyncio
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import AsyncExitStack, aclosing
 from itertools import count
 from pathlib import Path
 
+from processes import echo_worker, server
 from redis.asyncio import Redis
 
 from fastchat_q import keys
 from fastchat_q.connection import connect
-from fastchat_q.embedded import is_up, server_binary, server_command, server_version
+from fastchat_q.embedded import server_binary, server_version
 from fastchat_q.events import TERMINAL_STATES
 from fastchat_q.jobs import Job, Message, Sampling
 from fastchat_q.queue import Queue, Terms
@@ -159,28 +158,14 @@ async def measure(redis: "Redis", listener: "Redis", jobs: int, rounds: int) -> 
 
 async def main(jobs: int, rounds: int, output: Path) -> None:
     """Starts a server and a worker, measures, prints and records."""
-    with tempfile.TemporaryDirectory(prefix="fq") as folder:
-        socket = Path(folder) / "r.sock"
-        url = f"unix://{socket}"
-        environment = {**os.environ, "FASTCHAT_Q_REDIS_URL": url, "FASTCHAT_Q_STATE_DIR": folder}
-        serving = ("--model", MODEL, "--engine", "echo", "--slots", str(SLOTS), "--token-delay-ms", str(TOKEN_DELAY_MS))
-        server = subprocess.Popen(server_command(server_binary(), Path(folder), socket), stdout=subprocess.DEVNULL)
-        redis, listener = connect(url, max_connections=128), connect(url, blocking=True)
-        worker = None
-        try:
-            while not await is_up(redis):
-                await asyncio.sleep(0.05)
-            with (Path(folder) / "worker.log").open("wb") as log:
-                command = [sys.executable, "-m", "fastchat_q.cli", "worker", *serving]
-                worker = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-            figures = await measure(redis, listener, jobs, rounds)
-        finally:
-            await redis.aclose()
-            await listener.aclose()
-            for process in (worker, server):
-                if process is not None:
-                    process.kill()
-                    process.wait()
+    serving = ("--slots", str(SLOTS), "--token-delay-ms", str(TOKEN_DELAY_MS))
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fq")))
+        url, _ = stack.enter_context(server(folder))
+        redis = await stack.enter_async_context(aclosing(connect(url, max_connections=128)))
+        listener = await stack.enter_async_context(aclosing(connect(url, blocking=True)))
+        stack.enter_context(echo_worker(folder, url, MODEL, *serving))
+        figures = await measure(redis, listener, jobs, rounds)
     figures["server"] = server_version(server_binary())
     output.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps({name: value for name, value in figures.items() if not name.startswith("all_")}, indent=1))

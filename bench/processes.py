@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,27 +47,38 @@ class Front:
     redis_pid: int
     api_pid: int
 
-    def worker(self, model: str, *arguments: str) -> "subprocess.Popen[bytes]":
-        """Starts an echo worker; whoever calls ends it."""
-        command = [*CLI, "worker", "--engine", "echo", "--model", model, "--redis-url", self.url, *arguments]
-        with (self.folder / "workers.log").open("ab") as output:
-            return subprocess.Popen(command, stdout=output, stderr=output)
+    def worker(self, model: str, *arguments: str) -> AbstractContextManager["subprocess.Popen[bytes]"]:
+        """An echo worker that is ended with the block."""
+        return echo_worker(self.folder, self.url, model, *arguments)
+
+
+def echo_worker(
+    folder: Path, url: str, model: str, *arguments: str
+) -> AbstractContextManager["subprocess.Popen[bytes]"]:
+    """A worker on this Redis that is ended with the block; its log is in the folder."""
+    flags = ("--engine", "echo", "--model", model, "--redis-url", url, *arguments)
+    return started(*CLI, "worker", *flags, log=folder / f"{model}.log")
+
+
+@contextmanager
+def server(folder: Path) -> Iterator[tuple[str, int]]:
+    """An embedded Redis that answers: its URL and its pid."""
+    url = f"unix://{folder}/r.sock"
+    command = server_command(server_binary(), folder, folder / "r.sock")
+    with started(*command, log=folder / "redis.log") as process, redis.Redis.from_url(url) as client:
+        wait(lambda: client.ping(), "Redis")
+        yield url, process.pid
 
 
 @contextmanager
 def front(folder: Path) -> Iterator[Front]:
     """Both, ready."""
-    url = f"unix://{folder}/r.sock"
-    with ExitStack() as stack:
-        command = server_command(server_binary(), folder, folder / "r.sock")
-        server = stack.enter_context(started(*command, log=folder / "redis.log"))
-        client = stack.enter_context(redis.Redis.from_url(url))
-        wait(lambda: client.ping(), "Redis")
-        port = free_port()
+    port = free_port()
+    with server(folder) as (url, redis_pid):
         flags = ("--no-auth", "--port", str(port), "--redis-url", url)
-        api = stack.enter_context(started(*CLI, "serve", *flags, log=folder / "api.log"))
-        wait(lambda: answers(f"http://127.0.0.1:{port}/healthz"), "the API server")
-        yield Front(folder, url, port, server.pid, api.pid)
+        with started(*CLI, "serve", *flags, log=folder / "api.log") as api:
+            wait(lambda: answers(f"http://127.0.0.1:{port}/healthz"), "the API server")
+            yield Front(folder, url, port, redis_pid, api.pid)
 
 
 def models(port: int) -> list[str]:

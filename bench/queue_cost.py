@@ -13,12 +13,15 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from processes import server
+
 from fastchat_q import keys
 from fastchat_q.connection import connect
-from fastchat_q.embedded import is_up, server_binary, server_command, server_version
+from fastchat_q.embedded import server_binary, server_version
 from fastchat_q.events import Result
 from fastchat_q.jobs import Job, Message, Sampling
 from fastchat_q.queue import Claim, Finish, Queue, Terms
@@ -136,22 +139,10 @@ async def measure(urls: list[str], waiting: int, rounds: int) -> dict[str, Any]:
 
 async def main(waiting: int, rounds: int, output: Path) -> None:
     """Starts two servers, measures, prints and records."""
-    with tempfile.TemporaryDirectory(prefix="fq") as folder:
-        servers, urls = [], []
-        try:
-            for name in ("a", "b"):
-                path = Path(folder) / name
-                path.mkdir()
-                command = server_command(server_binary(), path, path / "r.sock")
-                servers.append(await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL))
-                urls.append(f"unix://{path / 'r.sock'}")
-            for url in urls:
-                await _answers(url)
-            figures = await measure(urls, waiting, rounds)
-        finally:
-            for server in servers:
-                server.kill()
-                await server.wait()
+    with ExitStack() as stack:
+        folders = [stack.enter_context(tempfile.TemporaryDirectory(prefix="fq")) for _ in range(2)]
+        urls = [stack.enter_context(server(Path(folder)))[0] for folder in folders]
+        figures = await measure(urls, waiting, rounds)
     figures["server"] = server_version(server_binary())
     output.write_text(json.dumps(figures, indent=1) + "\n")
     print(f"{'call':18}{'client µs':>20}{'ratio':>8}{'server µs':>20}{'ratio':>8}")
@@ -161,13 +152,6 @@ async def main(waiting: int, rounds: int, output: Path) -> None:
     print(f"bytes per waiting job: {figures['bytes_per_waiting_job']}, {figures['waiting']} jobs wait")
     slow = [name for name in FLAT if figures["calls"][name]["server_ratio"] > ALIKE]
     print(f"more than {ALIKE} times: {', '.join(slow) or 'none'}")
-
-
-async def _answers(url: str) -> None:
-    client = connect(url)
-    while not await is_up(client):
-        await asyncio.sleep(0.05)
-    await client.aclose()
 
 
 if __name__ == "__main__":

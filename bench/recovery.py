@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +76,7 @@ class Fleet:
     def __init__(self, system: Front, redis: "Redis", death: Death) -> None:
         self._system, self._death, self._registry = system, death, Registry(redis)
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._ends = ExitStack()
 
     async def complete(self) -> None:
         """Replaces processes that are gone; returns when enough of them serve."""
@@ -83,7 +84,7 @@ class Fleet:
         flags = ["--slots", str(SLOTS), "--token-delay-ms", str(TOKEN_DELAY_MS)]
         flags += [] if self._death.supervised else ["--no-supervise"]
         while len(self._processes) < self._death.workers + self._death.spare:
-            self._processes.append(self._system.worker(MODEL, *flags))
+            self._processes.append(self._ends.enter_context(self._system.worker(MODEL, *flags)))
         deadline = time.monotonic() + START_S
         while len(await self.serving()) < self._death.workers:
             if time.monotonic() > deadline:
@@ -101,10 +102,9 @@ class Fleet:
 
     async def renew(self) -> None:
         """Ends all workers: the next ones have not failed yet, so that their first restart comes soon."""
-        for process in self._processes:
+        for process in self._processes:  # all at once: the stack ends them one after another
             process.terminate()
-        for process in self._processes:
-            await asyncio.to_thread(process.wait)
+        await asyncio.to_thread(self._ends.close)
         self._processes = []
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import uvloop
 from loadgen import Config, Report, run
-from processes import CLI, answers, free_port, front, machine, models, started, wait
+from processes import answers, free_port, front, machine, models, started, wait
 
 WORDS = " ".join(f"word{n}" for n in range(20))
 DIRECT = Path(__file__).with_name("direct.py")
@@ -141,9 +141,8 @@ def both(folder: Path) -> Iterator[tuple[Side, Side]]:
         system = stack.enter_context(front(folder))
         pids, ports, direct_pids = {}, {}, {}
         for model, delay in (("echo", "0"), ("paced", "20")):
-            flags = ("--engine", "echo", "--model", model, "--slots", "512", "--token-delay-ms", delay)
-            command = (*CLI, "worker", "--no-supervise", *flags, "--redis-url", system.url)
-            worker = stack.enter_context(started(*command, log=folder / f"{model}.log"))
+            flags = ("--no-supervise", "--slots", "512", "--token-delay-ms", delay)
+            worker = stack.enter_context(system.worker(model, *flags))
             pids[model] = {"api": system.api_pid, "worker": worker.pid, "redis": system.redis_pid}
             ports[model] = free_port()
             flags = ("--port", str(ports[model]), "--model", model, "--token-delay-ms", delay)

@@ -126,17 +126,22 @@ class RedisServer:
         if self.orchestrator is not None:
             self.orchestrator.kill()
 
-    def restart(self) -> None:
-        """Starts it again on the same data."""
-        self.socket.unlink(missing_ok=True)
-        self.process = self._start()
+    def terminate(self) -> None:
+        """SIGTERM; returns when it has ended."""
+        self.process.terminate()
+        self.process.wait(20)
 
-    def _start(self) -> "subprocess.Popen[bytes]":
+    def restart(self, **environment: str) -> None:
+        """Starts it again on the same data, with these variables beside our own."""
+        self.socket.unlink(missing_ok=True)
+        self.process = self._start(**environment)
+
+    def _start(self, **environment: str) -> "subprocess.Popen[bytes]":
         command = server_command(self.kind.binary(), self.folder, self.socket)
         if self.kind.cluster:
             command += ["--port", str(self.port), "--bind", "127.0.0.1", "--cluster-enabled", "yes"]
         with (self.folder / "redis.log").open("ab") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
+            process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
         with self.client() as client:
             wait_until(lambda: pings(client), "redis answers")
             if self.kind.cluster:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,9 +33,8 @@ class Process:
     ) -> None:
         self.log = log
         command = [*prefix, sys.executable, "-m", module, *arguments]
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("FASTCHAT_Q_")}
         with log.open("ab") as output:
-            self._process = subprocess.Popen(command, stdout=output, stderr=output, env={**clean, **environment})
+            self._process = subprocess.Popen(command, stdout=output, stderr=output, env=environment_of(environment))
 
     @property
     def pid(self) -> int:
@@ -136,10 +135,17 @@ class Stack:
         base = f"http://127.0.0.1:{port or self.port}/v1"
         return openai.OpenAI(base_url=base, api_key=API_KEY, max_retries=0, timeout=60)
 
+    def make_key(self, *options: str) -> str:
+        """An API key of this stack, with the options of ``key create``."""
+        return make_key(self.server.url, self.folder, *options)
+
+    def records(self, model: str) -> list[str]:
+        """Keys of the model's job records."""
+        return list(self.redis.scan_iter(keys.model_keys(model).job("*")))
+
     def job_keys(self, model: str) -> list[str]:
-        """Keys of the model's jobs and logs."""
-        prefix = keys.model_keys(model).prefix
-        return [name for kind in "jt" for name in self.redis.scan_iter(f"{prefix}{kind}:*")]
+        """Keys of the model's job records and token logs."""
+        return [*self.records(model), *self.redis.scan_iter(keys.model_keys(model).log("*"))]
 
     def running(self, model: str) -> int:
         """Jobs that hold a slot."""
@@ -167,6 +173,20 @@ class Stack:
         process = Process(log, *arguments, prefix=prefix, **values)
         self.processes.append(process)
         return process
+
+
+def environment_of(settings: Mapping[str, str]) -> dict[str, str]:
+    """That of this process, without settings of the product but these."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("FASTCHAT_Q_")} | settings
+
+
+def make_key(redis_url: str, state_dir: Path, *options: str) -> str:
+    """An API key, made with the command line."""
+    where = ("--redis-url", redis_url, "--state-dir", str(state_dir))
+    command = [sys.executable, "-m", "fastchat_q.cli", "key", "create", "--name", "test", *options, *where]
+    made = subprocess.run(command, capture_output=True, text=True, env=environment_of({}), timeout=60)
+    assert made.returncode == 0, made.stderr
+    return made.stdout.strip()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from fastchat_q.records import read_record
 
 from .http_client import post
 from .servers import KINDS
-from .stack import API_KEY, Process, answers, free_port, wait_until
+from .stack import API_KEY, Process, answers, free_port, make_key, wait_until
 from .tcp_redis import TcpRedis
 
 ROLES = ["api", "worker", "orchestrator", "metrics", "admin"]
@@ -92,9 +92,7 @@ def test_without_a_user_nobody_comes_in(secured: Secured) -> None:
 
 
 def test_a_chat_a_key_with_limits_and_housekeeping_work_and_redis_denies_none_of_it(secured: Secured) -> None:
-    command = [sys.executable, "-m", "fastchat_q.cli", "key", "create", "--name", "t", "--rpm", "9", "--tpm", "900"]
-    urls = ["--redis-url", secured.url("admin"), "--state-dir", str(secured.folder)]
-    key = subprocess.run([*command, *urls], capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    key = make_key(secured.url("admin"), secured.folder, "--rpm", "9", "--tpm", "900")
     for stream in (False, True):
         body = {"model": "echo", "stream": stream, "messages": [{"role": "user", "content": "who am I"}]}
         reply = post(secured.port, body, headers={"authorization": f"Bearer {key}"})

@@ -8,9 +8,10 @@ import pytest
 from fastchat_q import keys
 from fastchat_q.events import parse_line
 
-from .faults.kit import LONG, WORDS, Recorder, echo_worker
-from .http_client import Connection, get, post
+from .faults.kit import Recorder
+from .http_client import get, post
 from .stack import API_KEY, Stack, wait_until
+from .streams import LONG, WORDS, echo_worker, resume
 
 LINES = (
     b"a 1 1 {}",
@@ -52,14 +53,10 @@ def test_an_event_id_that_is_none_is_refused_and_holds_no_other_stream_up(
 ) -> None:
     stack, recorder = running
     path = f"/v1/jobs/{recorder.public_id}/events"
-    connection = Connection(stack.port)
-    connection.send(
-        b"", path=path, method="GET", headers={"last-event-id": event_id, "content-type": None, "content-length": None}
-    )
-    status, _ = connection.head()
+    status, _ = resume(stack.port, str(recorder.public_id), event_id).head()
     assert status == 400
     assert get(stack.port, f"{path}?starting_after={event_id}").status in (400, 431)
-    second = Recorder(stack.port, resume=(str(recorder.public_id), 0))
+    second = Recorder(stack.port, behind=(str(recorder.public_id), 0))
     assert second.finish(60).split() == WORDS
 
 
@@ -72,7 +69,7 @@ def test_a_damaged_log_ends_the_streams_of_its_job_alone(running: tuple[Stack, R
         damage()
         reply = get(stack.port, f"/v1/jobs/{other.headers['x-job-id']}/events?starting_after=1")
         assert b"stream_diverged" in reply.body
-    second = Recorder(stack.port, resume=(str(recorder.public_id), 0))
+    second = Recorder(stack.port, behind=(str(recorder.public_id), 0))
     assert second.finish(60).split() == WORDS
 
 

@@ -46,12 +46,6 @@ def key_command(stack: Stack, *arguments: str, **environment: str) -> "subproces
     )
 
 
-def make_key(stack: Stack, *options: str) -> str:
-    made = key_command(stack, "create", "--name", "test", *options)
-    assert made.returncode == 0, made.stderr
-    return made.stdout.strip()
-
-
 def listed(stack: Stack) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads(key_command(stack, "ls", "--json").stdout)["data"]
     return found
@@ -170,7 +164,7 @@ def test_a_key_answers_for_its_life(echo_stack: Stack) -> None:
 
 
 def test_an_expired_key_is_refused_with_its_date(echo_stack: Stack) -> None:
-    key = make_key(echo_stack, "--expires", "1s")
+    key = echo_stack.make_key("--expires", "1s")
     wait_until(lambda: ask(echo_stack, key).status == 401, "its time is over", 3)
     reply = ask(echo_stack, key)
     assert reply.headers["www-authenticate"] == "Bearer"
@@ -180,7 +174,7 @@ def test_an_expired_key_is_refused_with_its_date(echo_stack: Stack) -> None:
 
 
 def test_a_key_without_the_scope_is_refused_with_403(echo_stack: Stack) -> None:
-    reply = ask(echo_stack, make_key(echo_stack, "--scope", "batch", "--scope", "admin"))
+    reply = ask(echo_stack, echo_stack.make_key("--scope", "batch", "--scope", "admin"))
     assert reply.status == 403
     error = reply.error()
     assert (error["type"], error["code"]) == ("permission_denied", "insufficient_scope")
@@ -188,16 +182,16 @@ def test_a_key_without_the_scope_is_refused_with_403(echo_stack: Stack) -> None:
 
 
 def test_the_batch_lane_needs_a_scope_of_its_own(echo_stack: Stack) -> None:
-    key = make_key(echo_stack, "--scope", "inference")
+    key = echo_stack.make_key("--scope", "inference")
     assert ask(echo_stack, key).status == 200
     refused = ask(echo_stack, key, service_tier="flex")
     assert (refused.status, refused.error()["code"]) == (403, "insufficient_scope")
     assert "'flex'" in refused.error()["message"]
-    assert ask(echo_stack, make_key(echo_stack), service_tier="flex").status == 200
+    assert ask(echo_stack, echo_stack.make_key(), service_tier="flex").status == 200
 
 
 def test_a_key_sees_and_uses_only_the_models_on_its_list(echo_stack: Stack) -> None:
-    other, fitting = make_key(echo_stack, "--model", "tiny"), make_key(echo_stack, "--model", "ec*")
+    other, fitting = echo_stack.make_key("--model", "tiny"), echo_stack.make_key("--model", "ec*")
     reply = ask(echo_stack, other)
     assert reply.status == 403
     error = reply.error()
@@ -212,11 +206,11 @@ def test_a_key_sees_and_uses_only_the_models_on_its_list(echo_stack: Stack) -> N
 
 
 def test_a_job_carries_its_tenant_and_only_that_tenant_and_an_admin_see_it(echo_stack: Stack) -> None:
-    mine, others = make_key(echo_stack, "--tenant", "lab"), make_key(echo_stack, "--tenant", "shop")
+    mine, others = echo_stack.make_key("--tenant", "lab"), echo_stack.make_key("--tenant", "shop")
     public_id = ask(echo_stack, mine).headers["x-job-id"]
     assert echo_stack.redis.hget(keys.model_keys("echo").job(public_id.removeprefix("echo.")), "tenant") == "lab"
-    colleague = make_key(echo_stack, "--tenant", "lab")
-    admin = make_key(echo_stack, "--scope", "admin", "--scope", "inference")
+    colleague = echo_stack.make_key("--tenant", "lab")
+    admin = echo_stack.make_key("--scope", "admin", "--scope", "inference")
     path, asked = f"/v1/jobs/{public_id}", (mine, colleague, admin, others)
     assert [get(echo_stack.port, path, authorization=f"Bearer {key}").status for key in asked] == [200, 200, 200, 404]
     cancelled = [
@@ -268,7 +262,7 @@ def test_the_exit_code_says_what_was_wrong(stack: Stack, folder: Path) -> None:
     assert key_command(stack, "create", "--name", " ").returncode == 2
     assert key_command(stack, "ls", FASTCHAT_Q_KEY_PEPPER="short").returncode == 2
     for _ in range(2):
-        make_key(stack)
+        stack.make_key()
     twice = key_command(stack, "revoke", "test")
     assert (twice.returncode, twice.stdout) == (2, "")
     assert twice.stderr.count("key_") == 2

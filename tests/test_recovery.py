@@ -1,9 +1,6 @@
 """What clients see when processes and clients come and go: real processes, real signals. Faults are in faults/."""
 
-import json
 import signal
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -11,36 +8,8 @@ from fastchat_q import keys
 
 from .http_client import Connection, get, post
 from .servers import free_port, wait_until
-from .stack import Process, Stack
-
-WORDS = [f"w{number}" for number in range(400)]
-LONG = {"model": "echo", "messages": [{"role": "user", "content": " ".join(WORDS)}]}
-
-
-def echo_worker(stack: Stack, *arguments: str) -> Process:
-    return stack.start_worker("--model", "echo", "--engine", "echo", "--token-delay-ms", "10", *arguments)
-
-
-def stream_text(connection: Connection) -> Iterator[str]:
-    """The text of a stream, piece by piece; fails on an error event."""
-    for block in connection.events():
-        if block.startswith("data: {"):
-            chunk = json.loads(block[6:])
-            assert "choices" in chunk, chunk
-            yield chunk["choices"][0]["delta"].get("content") or ""
-
-
-def start_stream(port: int, body: dict[str, Any]) -> Connection:
-    connection = Connection(port)
-    connection.send({**body, "stream": True})
-    return connection
-
-
-def read_words(pieces: Iterator[str], count: int) -> str:
-    text = ""
-    while len(text.split()) < count:
-        text += next(pieces)
-    return text
+from .stack import Stack
+from .streams import ENDLESS, LONG, WORDS, echo_worker, read_words, start_stream, stream_text
 
 
 def test_a_worker_that_drains_ends_what_runs_and_takes_nothing_new(stack: Stack) -> None:
@@ -71,7 +40,7 @@ def test_a_job_that_is_slow_to_be_accepted_is_not_taken_for_lost(stack: Stack) -
 
 def test_waiting_streams_are_told_their_place(stack: Stack) -> None:
     echo_worker(stack, "--slots", "1")
-    running = start_stream(stack.port, {**LONG, "ignore_eos": True, "max_tokens": 100_000})
+    running = start_stream(stack.port, ENDLESS)
     running.head()
     wait_until(lambda: stack.running("echo") == 1, "the first job runs")
     waiting = [start_stream(stack.port, {**LONG, "max_tokens": 300})]  # long enough for a look at the next one
@@ -135,7 +104,7 @@ def test_an_api_server_that_may_not_wait_leaves_its_clients_the_time_to_come_bac
     api = stack.start_api(port, "--drain-s", "0")
     echo_worker(stack)
     wait_until(lambda: get(port, "/readyz").status == 200, "ready")
-    connection = start_stream(port, {**LONG, "ignore_eos": True, "max_tokens": 100_000})
+    connection = start_stream(port, ENDLESS)
     connection.head()
     wait_until(lambda: stack.running("echo") == 1, "the job runs")
     assert api.stop() == 0

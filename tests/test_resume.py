@@ -13,33 +13,16 @@ from fastchat_q import keys
 from fastchat_q.events import Delta
 
 from .http_client import Connection, get, post
-from .stack import Process, Stack, free_port, wait_until
-
-WORDS = [f"w{number}" for number in range(200)]
-LONG: dict[str, Any] = {"model": "echo", "messages": [{"role": "user", "content": " ".join(WORDS)}]}
-STREAM = {**LONG, "stream": True}
+from .stack import Stack, wait_until
+from .streams import ENDLESS, LONG, WORDS, echo_worker, resume, second_api, start_stream, text_of
 
 
-def echo_worker(stack: Stack, delay_ms: str = "10", *arguments: str) -> Process:
-    return stack.start_worker("--model", "echo", "--engine", "echo", "--token-delay-ms", delay_ms, *arguments)
-
-
-def open_stream(port: int, body: dict[str, Any] = STREAM, **headers: str) -> tuple[Connection, str]:
+def open_stream(port: int, body: dict[str, Any] = LONG, **headers: str) -> tuple[Connection, str]:
     """A stream and its public job id."""
-    connection = Connection(port)
-    connection.send(body, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    connection = start_stream(port, body, **headers)
     status, head = connection.head()
     assert status == 200, head
     return connection, head["x-job-id"]
-
-
-def resume(port: int, job_id: str, after: int | None) -> Connection:
-    connection = Connection(port)
-    headers: dict[str, str | None] = {"content-type": None, "content-length": None}
-    if after is not None:
-        headers["last-event-id"] = str(after)
-    connection.send(b"", path=f"/v1/jobs/{job_id}/events", method="GET", headers=headers)
-    return connection
 
 
 def events_until(connection: Connection, last: int) -> list[str]:
@@ -52,26 +35,9 @@ def events_until(connection: Connection, last: int) -> list[str]:
     return blocks
 
 
-def text_of(blocks: list[str]) -> str:
-    text = ""
-    for block in blocks:
-        if block.startswith("data: {"):
-            chunk = json.loads(block[6:])
-            assert "choices" in chunk, chunk
-            text += chunk["choices"][0]["delta"].get("content") or "" if chunk["choices"] else ""
-    return text
-
-
-def second_api(stack: Stack, **environment: str) -> int:
-    port = free_port()
-    stack.start_api(port, **environment)
-    wait_until(lambda: get(port, "/readyz").status == 200, "ready")
-    return port
-
-
 def test_every_event_has_an_id_and_the_ids_count_tokens(stack: Stack) -> None:
     echo_worker(stack)
-    connection, _ = open_stream(stack.port, {**STREAM, "max_tokens": 20, "stream_options": {"include_usage": True}})
+    connection, _ = open_stream(stack.port, {**LONG, "max_tokens": 20, "stream_options": {"include_usage": True}})
     blocks = [block for block in connection.events() if not block.startswith(":")]
     assert len(blocks) == len(connection.ids)
     assert connection.ids[0] == 0
@@ -80,8 +46,8 @@ def test_every_event_has_an_id_and_the_ids_count_tokens(stack: Stack) -> None:
 
 
 def test_a_finished_job_is_read_again_from_any_event(stack: Stack) -> None:
-    echo_worker(stack, "1")
-    connection, job_id = open_stream(stack.port, {**STREAM, "max_tokens": 50})
+    echo_worker(stack, delay_ms=1)
+    connection, job_id = open_stream(stack.port, {**LONG, "max_tokens": 50})
     whole = list(connection.events())
     again = resume(stack.port, job_id, None)
     again.head()
@@ -98,10 +64,9 @@ def test_a_finished_job_is_read_again_from_any_event(stack: Stack) -> None:
 
 def test_an_event_id_between_two_events_repeats_none_of_those_before_it(stack: Stack) -> None:
     worker = echo_worker(stack)
-    body = {**STREAM, "messages": [{"role": "user", "content": "a b c d"}]}
+    body = {**LONG, "messages": [{"role": "user", "content": "a b c d"}]}
     worker.signal(signal.SIGSTOP)
-    connection = Connection(stack.port)
-    connection.send(body)
+    connection = start_stream(stack.port, body)
     wait_until(lambda: stack.live("echo") == 1, "the job is queued")
     worker.signal(signal.SIGCONT)
     _, head = connection.head()
@@ -132,28 +97,27 @@ def test_an_event_id_that_is_no_number_is_400(echo_stack: Stack) -> None:
 
 
 def test_a_job_tells_its_state_its_place_and_its_attempts(stack: Stack) -> None:
-    first = echo_worker(stack, "10", "--slots", "1", "--drain-s", "0")
+    first = echo_worker(stack, "--slots", "1", "--drain-s", "0")
     connection, running = open_stream(stack.port)
-    waiting = Connection(stack.port)
-    waiting.send(STREAM)
+    waiting = start_stream(stack.port)
     _, head = waiting.head()
     state = get(stack.port, f"/v1/jobs/{head['x-job-id']}").json()
     assert (state["object"], state["id"], state["model"]) == ("job", head["x-job-id"], "echo")
     assert (state["state"], state["position"], state["attempts"]) == ("queued", 1, [])
     first.stop()
-    echo_worker(stack, "1", "--slots", "1")
+    echo_worker(stack, "--slots", "1", delay_ms=1)
     assert text_of(list(connection.events())).split() == WORDS
     state = get(stack.port, f"/v1/jobs/{running}").json()
-    assert (state["state"], state["tokens"], state["position"]) == ("succeeded", 200, None)
+    assert (state["state"], state["tokens"], state["position"]) == ("succeeded", len(WORDS), None)
     assert [attempt["outcome"] for attempt in state["attempts"]] == ["released", "succeeded"]
-    assert state["usage"]["completion_tokens"] == 200
+    assert state["usage"]["completion_tokens"] == len(WORDS)
     list(waiting.events())
     assert get(stack.port, f"/v1/jobs/{head['x-job-id']}").json()["state"] == "succeeded"
 
 
 def test_cancelling_a_job_ends_its_stream_and_a_second_time_changes_nothing(stack: Stack) -> None:
     echo_worker(stack)
-    connection, job_id = open_stream(stack.port, {**STREAM, "ignore_eos": True, "max_tokens": 100_000})
+    connection, job_id = open_stream(stack.port, ENDLESS)
     reply = post(stack.port, {}, path=f"/v1/jobs/{job_id}/cancel")
     assert (reply.status, reply.json()["state"]) == (200, "cancelled")
     last = json.loads(list(connection.events())[-1].removeprefix("data: "))
@@ -163,8 +127,8 @@ def test_cancelling_a_job_ends_its_stream_and_a_second_time_changes_nothing(stac
 
 
 def test_a_job_that_is_to_continue_is_done_without_its_client(stack: Stack) -> None:
-    echo_worker(stack, "5")
-    connection, job_id = open_stream(stack.port, {**STREAM, "on_disconnect": "continue"})
+    echo_worker(stack, delay_ms=5)
+    connection, job_id = open_stream(stack.port, {**LONG, "on_disconnect": "continue"})
     connection.close()
     wait_until(lambda: get(stack.port, f"/v1/jobs/{job_id}").json()["state"] == "succeeded", "it is done")
     later = resume(stack.port, job_id, None)
@@ -177,6 +141,7 @@ def test_a_job_that_is_to_continue_is_done_without_its_client(stack: Stack) -> N
 def test_the_same_idempotency_key_attaches_to_the_running_job_and_streams_it_whole(stack: Stack) -> None:
     echo_worker(stack)
     other = second_api(stack)
+    wait_until(lambda: get(other, "/readyz").status == 200, "ready")
     first, job_id = open_stream(stack.port, idempotency_key="k1")
     text = text_of(events_until(first, 30))
     second, same = open_stream(other, idempotency_key="k1")
@@ -186,11 +151,11 @@ def test_the_same_idempotency_key_attaches_to_the_running_job_and_streams_it_who
     third, same = open_stream(stack.port, idempotency_key="k1")
     assert same == job_id, "and after the end"
     assert text_of(list(third.events())).split() == WORDS
-    assert len([name for name in stack.job_keys("echo") if ":j:" in name]) == 1
+    assert len(stack.records("echo")) == 1
 
 
 def test_an_idempotency_key_with_another_body_is_422_and_the_order_of_fields_is_no_other_body(stack: Stack) -> None:
-    echo_worker(stack, "1")
+    echo_worker(stack, delay_ms=1)
     reply = post(stack.port, {**LONG, "max_tokens": 5}, headers={"idempotency-key": "k"})
     assert reply.status == 200
     other = post(stack.port, {**LONG, "max_tokens": 6}, headers={"idempotency-key": "k"})
@@ -209,8 +174,8 @@ def test_the_reply_of_a_failed_job_names_the_job(echo_stack: Stack) -> None:
 
 def test_a_client_that_reads_slowly_gets_everything_and_the_server_stays_small(stack: Stack) -> None:
     """Its events are not kept for it: they are read from the log as it comes for them."""
-    stack.start_worker("--model", "echo", "--engine", "echo", "--token-delay-ms", "0")
-    body = {**STREAM, "messages": [{"role": "user", "content": "x" * 2000 + " y"}], "ignore_eos": True}
+    echo_worker(stack, delay_ms=0)
+    body = {**LONG, "messages": [{"role": "user", "content": "x" * 2000 + " y"}], "ignore_eos": True}
     connection, job_id = open_stream(stack.port, {**body, "max_tokens": 20_000})
     wait_until(lambda: stack.live("echo") == 0, "the job is done, though its client reads nothing", timeout_s=60)
     wait_until(lambda: get(stack.port, f"/v1/jobs/{job_id}").json()["state"] == "succeeded", "done")

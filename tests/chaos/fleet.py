@@ -18,7 +18,7 @@ import redis as sync_redis
 from fastchat_q import keys
 from fastchat_q.supervisor import die_with_parent
 from tests.servers import RedisServer, free_port, wait_until
-from tests.stack import API_KEY, STARTUP_S, answers
+from tests.stack import API_KEY, STARTUP_S, answers, environment_of, make_key
 
 from . import MODEL
 from .report import Report
@@ -72,7 +72,7 @@ class Member:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=_environment(self.environment),
+                env=environment_of(self.environment),
                 preexec_fn=die_with_parent(os.getpid()),
             )
 
@@ -118,7 +118,6 @@ class Fleet:
         self.bearers = [API_KEY] * 2
         """The keys of the clients: of the bootstrap key's tenant, and of those of `TENANTS`."""
         self._restarts: dict[str, float] = {}
-        self._administrating = common
 
     @property
     def members(self) -> list[Member]:
@@ -128,7 +127,7 @@ class Fleet:
     def start(self) -> None:
         """Starts everything; returns when it serves."""
         for name, (share, *limits) in TENANTS.items():
-            self.bearers += [self._create_key("--name", name, "--tenant", name, *limits)] * share
+            self.bearers += [make_key(self.redis.url, self.folder, "--name", name, "--tenant", name, *limits)] * share
         for member in self.members:
             member.start()
         for api in self.apis:
@@ -167,12 +166,6 @@ class Fleet:
         self.redis.process.send_signal(signal.SIGCONT)
         self.redis.kill()
 
-    def _create_key(self, *arguments: str) -> str:
-        command = [sys.executable, "-m", "fastchat_q.cli", "key", "create", *arguments]
-        environment = _environment(self._administrating)
-        ran = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-        return ran.stdout.strip()
-
     def _look_after(self, member: Member) -> None:
         due = self._restarts.get(member.name)
         if due is None:
@@ -200,11 +193,6 @@ class Fleet:
         command += [] if supervised else ["--no-supervise"]
         log = self.folder / f"worker-{index}.log"
         return Member(f"worker-{index}", command, environment, log, supervised=supervised)
-
-
-def _environment(settings: dict[str, str]) -> dict[str, str]:
-    """That of this process, without settings of the product but those given."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("FASTCHAT_Q_")} | settings
 
 
 def _serving(client: "sync_redis.Redis") -> int:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -14,13 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fastchat_q import keys, scripts
-from tests.http_client import Connection
-from tests.stack import Process, Stack, free_port, wait_until
-
-WORDS = [f"w{number}" for number in range(400)]
-LONG: dict[str, Any] = {"model": "echo", "messages": [{"role": "user", "content": " ".join(WORDS)}]}
-"""400 tokens; the echo engine answers with the question."""
-ENDLESS: dict[str, Any] = {**LONG, "ignore_eos": True, "max_tokens": 100_000}
+from tests.stack import Stack, wait_until
+from tests.streams import LONG, block_text, resume, start_stream
 
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 CLOCK = """
@@ -44,19 +40,14 @@ class Piece:
 class Recorder:
     """A client that reads a stream on a thread of its own and notes what came when."""
 
-    def __init__(self, port: int, body: dict[str, Any] = LONG, *, resume: tuple[str, int] | None = None) -> None:
+    def __init__(self, port: int, body: dict[str, Any] = LONG, *, behind: tuple[str, int] | None = None) -> None:
         """Sends ``body``; or goes on reading a job by its public id, behind an event."""
         self.pieces: list[Piece] = []
         self.job_id: str | None = None
         """As in Redis, without the model's slug."""
         self.public_id: str | None = None
         self._failure: BaseException | None = None
-        self._connection = Connection(port)
-        if resume is None:
-            self._connection.send({**body, "stream": True})
-        else:
-            headers = {"last-event-id": str(resume[1]), "content-type": None, "content-length": None}
-            self._connection.send(b"", path=f"/v1/jobs/{resume[0]}/events", method="GET", headers=headers)
+        self._connection = resume(port, *behind) if behind else start_stream(port, body)
         self._thread = threading.Thread(target=self._record, name="recorder")
         self._thread.start()
 
@@ -106,25 +97,10 @@ class Recorder:
                     continue  # a comment
                 last = block.removeprefix("data: ")
                 if last.startswith("{"):
-                    chunk = json.loads(last)
-                    assert "choices" in chunk, chunk
-                    text = chunk["choices"][0]["delta"].get("content") or "" if chunk["choices"] else ""
-                    self.pieces.append(Piece(time.monotonic(), text, self._connection.ids[-1]))
+                    self.pieces.append(Piece(time.monotonic(), block_text(block), self._connection.ids[-1]))
             assert last == "[DONE]", last
         except BaseException as error:
             self._failure = error
-
-
-def echo_worker(stack: Stack, *arguments: str, **start: Any) -> Process:
-    """A worker of model ``echo``, 10 ms a token."""
-    return stack.start_worker("--model", "echo", "--engine", "echo", "--token-delay-ms", "10", *arguments, **start)
-
-
-def second_api(stack: Stack, *arguments: str, **start: Any) -> int:
-    """Another API server of the same stack; returns its port."""
-    port = free_port()
-    stack.start_api(port, *arguments, **start)
-    return port
 
 
 @contextmanager
@@ -151,6 +127,19 @@ def faketime_library() -> Path | None:
     """libfaketime, where the machine has it."""
     found = [FAKETIME, *Path("/usr").glob("lib*/**/faketime/libfaketime.so.1")] if shutil.which("faketime") else []
     return next((path for path in found if path.exists()), None)
+
+
+def starts_with(library: Path, program: Path) -> bool:
+    """Whether the program starts with the library preloaded.
+
+    Debian's Redis does not with libfaketime: its allocator asks for the time before it is ready, and libfaketime then
+    asks the allocator for memory.
+    """
+    command, preload = [program, "--version"], {"LD_PRELOAD": str(library)}
+    try:
+        return subprocess.run(command, env={**os.environ, **preload}, capture_output=True, timeout=5).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def runs(script: str) -> "_Runs":

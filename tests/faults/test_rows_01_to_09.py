@@ -4,8 +4,9 @@ import psutil
 import pytest
 
 from tests.stack import Stack, wait_until
+from tests.streams import ENDLESS, WORDS, echo_worker, second_api
 
-from .kit import ENDLESS, WORDS, Recorder, assert_log_is, assert_queue_is_clean, echo_worker, frozen, second_api
+from .kit import Recorder, assert_log_is, assert_queue_is_clean, frozen
 from .proxy import fault_proxy
 
 LEASE_S = 10.0
@@ -40,7 +41,7 @@ def test_row_03_a_worker_frozen_for_half_its_lease_keeps_its_job(stack: Stack) -
     workers = {str(echo_worker(stack).pid), str(echo_worker(stack).pid)}
     stream = Recorder(stack.port)
     stream.wait_words(40)
-    [job] = [key for key in stack.job_keys("echo") if ":j:" in key]
+    [job] = stack.records("echo")
     owner = str(stack.redis.hget(job, "worker")).split("-")[-2]
     assert owner in workers
     before = len(stream.text)
@@ -53,13 +54,13 @@ def test_row_03_a_worker_frozen_for_half_its_lease_keeps_its_job(stack: Stack) -
 
 def reasons(stack: Stack) -> list[str | None]:
     """Why jobs of the model ended."""
-    return [stack.redis.hget(key, "reason") for key in stack.job_keys("echo") if ":j:" in key]
+    return [stack.redis.hget(key, "reason") for key in stack.records("echo")]
 
 
 def test_row_09_a_client_that_reads_a_byte_a_second_costs_no_memory_and_no_other_stream(stack: Stack) -> None:
     """Its tokens pile up where they are bounded, and after a while it is given up."""
     port = second_api(stack, FASTCHAT_Q_STALLED_CLIENT_S="5")
-    stack.start_worker("--model", "echo", "--engine", "echo", "--token-delay-ms", "1")
+    echo_worker(stack, delay_ms=1)
     wide = {"model": "echo", "messages": [{"role": "user", "content": "x" * 4000 + " y"}], "ignore_eos": True}
     with fault_proxy(("127.0.0.1", port), resp=False, receive_buffer=16_384) as proxy:
         proxy.to_client.bytes_per_s = 4096.0

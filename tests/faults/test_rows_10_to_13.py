@@ -1,14 +1,14 @@
 """Published messages that do not arrive, and a Redis that is killed."""
 
-import signal
 import threading
 import time
 
 from tests.http_client import Reply, get, post
 from tests.stack import Stack, wait_until
+from tests.streams import LONG, WORDS, echo_worker, second_api
 
-from .kit import LONG, WORDS, Recorder, assert_log_is, assert_queue_is_clean, echo_worker, frozen, second_api
-from .proxy import fault_proxy
+from .kit import Recorder, assert_log_is, assert_queue_is_clean, frozen
+from .proxy import FaultProxy, fault_proxy
 
 SHORT = {"model": "echo", "messages": [{"role": "user", "content": "a b c"}]}
 
@@ -21,7 +21,7 @@ def subscribers(stack: Stack) -> set[str]:
 def test_row_10_a_subscriber_killed_by_its_output_buffer_catches_up_without_a_lost_token(stack: Stack) -> None:
     """Messages stay below 16 KB: larger ones Valkey does not copy, and does not count against the limit."""
     stack.redis.config_set("client-output-buffer-limit", "pubsub 64kb 32kb 1")
-    stack.start_worker("--model", "echo", "--engine", "echo", "--token-delay-ms", "1")
+    echo_worker(stack, delay_ms=1)
     body = {"model": "echo", "messages": [{"role": "user", "content": "x" * 700 + " y"}], "ignore_eos": True}
     stream = Recorder(stack.port, {**body, "max_tokens": 3000})
     stream.wait_words(2)
@@ -42,18 +42,17 @@ def test_row_10_a_subscriber_that_redis_cuts_off_again_and_again_loses_nothing(s
     assert stream.finish().split() == WORDS
 
 
-def test_row_11_a_half_open_subscription_delays_a_stream_by_the_look_at_silent_ones_and_no_more(stack: Stack) -> None:
-    with fault_proxy(stack.server.socket) as proxy:
-        port = second_api(stack, FASTCHAT_Q_REDIS_URL=proxy.url)
-        echo_worker(stack)
-        wait_until(lambda: get(port, "/readyz").status == 200, "ready")
-        stream = Recorder(port)
-        stream.wait_words(20)
-        with proxy.frozen(subscriptions_only=True) as frozen_connections:
-            assert frozen_connections == 1
-            assert stream.finish().split() == WORDS
-        assert stream.longest_pause_s() < 4
-        assert_log_is(stack, "echo", stream)
+def test_row_11_a_half_open_subscription_delays_a_stream_by_the_look_at_silent_ones_and_no_more(
+    stack: Stack, behind_proxy: tuple[FaultProxy, int]
+) -> None:
+    proxy, port = behind_proxy
+    stream = Recorder(port)
+    stream.wait_words(20)
+    with proxy.frozen(subscriptions_only=True) as frozen_connections:
+        assert frozen_connections == 1
+        assert stream.finish().split() == WORDS
+    assert stream.longest_pause_s() < 4
+    assert_log_is(stack, "echo", stream)
 
 
 def test_row_11_a_half_open_subscription_is_replaced_within_7_s(stack: Stack) -> None:
@@ -65,30 +64,28 @@ def test_row_11_a_half_open_subscription_is_replaced_within_7_s(stack: Stack) ->
             wait_until(lambda: subscribers(stack) - before, "it subscribes anew", timeout_s=7)
 
 
-def test_row_12_a_stream_whose_last_message_is_lost_ends_within_two_seconds(stack: Stack) -> None:
-    with fault_proxy(stack.server.socket) as proxy:
-        port = second_api(stack, FASTCHAT_Q_REDIS_URL=proxy.url)
-        echo_worker(stack)
-        wait_until(lambda: get(port, "/readyz").status == 200, "ready")
-        loss = proxy.lose_messages(lambda frame: b" end {" in frame)
-        stream = Recorder(port, {**LONG, "max_tokens": 100})
-        assert loss.happened.wait(20)
-        lost_at = time.monotonic()
-        assert stream.finish().split() == WORDS[:100]
-        assert time.monotonic() - lost_at < 2.5, "the look at silent streams, on a busy machine"
+def test_row_12_a_stream_whose_last_message_is_lost_ends_within_two_seconds(
+    stack: Stack, behind_proxy: tuple[FaultProxy, int]
+) -> None:
+    proxy, port = behind_proxy
+    loss = proxy.lose_messages(lambda frame: b" end {" in frame)
+    stream = Recorder(port, {**LONG, "max_tokens": 100})
+    assert loss.happened.wait(20)
+    lost_at = time.monotonic()
+    assert stream.finish().split() == WORDS[:100]
+    assert time.monotonic() - lost_at < 2.5, "the look at silent streams, on a busy machine"
 
 
-def test_row_12_messages_lost_in_the_middle_are_read_from_the_log(stack: Stack) -> None:
-    with fault_proxy(stack.server.socket) as proxy:
-        port = second_api(stack, FASTCHAT_Q_REDIS_URL=proxy.url)
-        echo_worker(stack)
-        wait_until(lambda: get(port, "/readyz").status == 200, "ready")
-        stream = Recorder(port)
-        for count in (30, 100, 200):
-            stream.wait_words(count)
-            assert proxy.lose_messages(lambda frame: b"fq:inbox:" in frame, count=3).happened.wait(10)
-        assert stream.finish().split() == WORDS
-        assert_log_is(stack, "echo", stream)
+def test_row_12_messages_lost_in_the_middle_are_read_from_the_log(
+    stack: Stack, behind_proxy: tuple[FaultProxy, int]
+) -> None:
+    proxy, port = behind_proxy
+    stream = Recorder(port)
+    for count in (30, 100, 200):
+        stream.wait_words(count)
+        assert proxy.lose_messages(lambda frame: b"fq:inbox:" in frame, count=3).happened.wait(10)
+    assert stream.finish().split() == WORDS
+    assert_log_is(stack, "echo", stream)
 
 
 def test_row_12_an_answer_of_which_no_message_ever_arrives_is_found_in_the_log(stack: Stack) -> None:
@@ -99,7 +96,7 @@ def test_row_12_an_answer_of_which_no_message_ever_arrives_is_found_in_the_log(s
         request = threading.Thread(target=lambda: box.append(post(stack.port, SHORT)))
         request.start()
         wait_until(lambda: stack.live("echo") == 1, "the job is queued")
-        [job] = [name for name in stack.job_keys("echo") if ":j:" in name]
+        [job] = stack.records("echo")
         stack.redis.hset(job, "inbox", "nowhere")
     request.join(15)
     assert box[0].json()["choices"][0]["message"]["content"] == "a b c"
@@ -126,7 +123,6 @@ def test_row_13_a_terminated_redis_is_no_different(stack: Stack) -> None:
     echo_worker(stack)
     stream = Recorder(stack.port)
     stream.wait_words(40)
-    stack.server.process.send_signal(signal.SIGTERM)
-    stack.server.process.wait(20)
+    stack.server.terminate()
     stack.server.restart()
     assert stream.finish().split() == WORDS

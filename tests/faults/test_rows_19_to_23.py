@@ -1,7 +1,5 @@
 """Networks that drop everything, replies that are lost, clocks that are wrong."""
 
-import os
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,25 +7,13 @@ from pathlib import Path
 import pytest
 
 from fastchat_q import keys
-from fastchat_q.embedded import server_binary, server_command
 from tests.http_client import get, post
-from tests.stack import RedisServer, Stack, wait_until
+from tests.stack import Stack, wait_until
+from tests.streams import ENDLESS, LONG, WORDS, echo_worker, second_api
 
-from .kit import (
-    ENDLESS,
-    LONG,
-    WORDS,
-    Recorder,
-    assert_log_is,
-    assert_queue_is_clean,
-    echo_worker,
-    faketime_library,
-    runs,
-    second_api,
-    skewed,
-)
+from .kit import Recorder, assert_log_is, assert_queue_is_clean, faketime_library, runs, skewed, starts_with
 from .netns import Namespace, namespace, unavailable
-from .proxy import fault_proxy
+from .proxy import FaultProxy, fault_proxy
 
 HOURS_3 = 3 * 3600
 
@@ -80,19 +66,16 @@ def test_row_20_an_api_server_behind_a_partition_answers_503_and_its_streams_go_
     assert_queue_is_clean(stack, "echo")
 
 
-def test_row_21_a_lost_reply_of_enqueue_makes_no_second_job(stack: Stack) -> None:
-    with fault_proxy(stack.server.socket) as proxy:
-        port = second_api(stack, FASTCHAT_Q_REDIS_URL=proxy.url)
-        echo_worker(stack)
-        wait_until(lambda: get(port, "/readyz").status == 200, "ready")
-        for _ in range(3):
-            before = len(stack.job_keys("echo"))
-            loss = proxy.lose_reply(runs("enqueue"))
-            stream = Recorder(port, {**LONG, "max_tokens": 20})
-            assert stream.finish().split() == WORDS[:20]
-            assert loss.happened.wait(5)
-            assert_log_is(stack, "echo", stream)
-            assert len(stack.job_keys("echo")) == before + 2, "one record, one log"
+def test_row_21_a_lost_reply_of_enqueue_makes_no_second_job(stack: Stack, behind_proxy: tuple[FaultProxy, int]) -> None:
+    proxy, port = behind_proxy
+    for _ in range(3):
+        before = len(stack.job_keys("echo"))
+        loss = proxy.lose_reply(runs("enqueue"))
+        stream = Recorder(port, {**LONG, "max_tokens": 20})
+        assert stream.finish().split() == WORDS[:20]
+        assert loss.happened.wait(5)
+        assert_log_is(stack, "echo", stream)
+        assert len(stack.job_keys("echo")) == before + 2, "one record, one log"
     assert_queue_is_clean(stack, "echo")
 
 
@@ -167,11 +150,14 @@ def test_row_23_a_redis_clock_that_jumps_an_hour_costs_a_lease_and_no_token(stac
     library = faketime_library()
     if library is None:
         pytest.skip("libfaketime is not installed (Debian: faketime), and nothing else moves the clock of Redis")
+    if not starts_with(library, stack.server.kind.binary()):
+        pytest.skip("this Redis does not start under libfaketime")
     port = second_api(stack, FASTCHAT_Q_DEADLINE_S="36000")
     offset = folder / "faketime"
     offset.write_text("+0")
     preload = {"LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(offset), "FAKETIME_CACHE_DURATION": "1"}
-    restart_with(stack.server, {**preload, "FAKETIME_DONT_FAKE_MONOTONIC": "1"})
+    stack.server.terminate()
+    stack.server.restart(**preload, FAKETIME_DONT_FAKE_MONOTONIC="1")
     echo_worker(stack)
     wait_until(lambda: get(port, "/readyz").status == 200, "ready")
     stream = Recorder(port, {**ENDLESS, "max_tokens": 2 * len(WORDS)})
@@ -185,14 +171,3 @@ def test_row_23_a_redis_clock_that_jumps_an_hour_costs_a_lease_and_no_token(stac
     assert stream.finish() == " ".join(WORDS) * 2
     assert_log_is(stack, "echo", stream)
     assert_queue_is_clean(stack, "echo")
-
-
-def restart_with(server: RedisServer, environment: dict[str, str]) -> None:
-    """Starts an idle server again under a changed environment."""
-    server.process.terminate()
-    server.process.wait(20)
-    server.socket.unlink(missing_ok=True)
-    with (server.folder / "redis.log").open("ab") as log:
-        command = server_command(server_binary(), server.folder, server.socket)
-        server.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
-    wait_until(server.socket.exists, "Redis is back")

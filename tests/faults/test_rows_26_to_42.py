@@ -11,8 +11,9 @@ from fastchat_q.jobs import Job
 from fastchat_q.queue import REAP_LIMIT, Queue, Taken, Terms
 from tests.http_client import get, post
 from tests.stack import Stack, wait_until
+from tests.streams import LONG, WORDS, echo_worker
 
-from .kit import LONG, WORDS, Recorder, assert_log_is, assert_queue_is_clean, echo_worker, frozen
+from .kit import Recorder, assert_log_is, assert_queue_is_clean, frozen
 
 SLOW_US = 20_000
 MANY = 20_000
@@ -57,7 +58,7 @@ def test_row_27_foreign_entries_and_broken_records_are_dropped_and_the_worker_li
             stack.redis.xadd(names.stream("hi"), fields)
         broken = [Recorder(stack.port) for _ in range(3)]
         wait_until(lambda: stack.live("echo") == 3, "they are queued")
-        records = [name for name in stack.job_keys("echo") if ":j:" in name]
+        records = stack.records("echo")
         for name, spec in zip(records, ("{not json", "[]", '{"id":"x","model":7}'), strict=True):
             stack.redis.hset(name, "spec", spec)
         stack.redis.publish(keys.inbox("nobody"), "what")

@@ -11,8 +11,9 @@ from fastchat_q.jobs import Job, Message, Sampling
 from fastchat_q.queue import Queue, Terms
 from tests.http_client import Reply, get, post
 from tests.stack import Process, Stack, free_port, wait_until
+from tests.streams import LONG, WORDS, echo_worker, second_api
 
-from .kit import LONG, WORDS, Recorder, assert_queue_is_clean, echo_worker, second_api
+from .kit import Recorder, assert_queue_is_clean
 
 NAMES = keys.model_keys("echo")
 FLEX = {**LONG, "service_tier": "flex", "max_tokens": 5}
@@ -90,9 +91,8 @@ def test_row_39_two_versions_of_the_scripts_serve_one_queue(stack: Stack) -> Non
     streams = [Recorder(port) for port in (stack.port, other) for _ in range(3)]
     for stream in streams:
         stream.wait_words(20)
-    for name in stack.job_keys("echo"):
-        if ":j:" in name:
-            stack.redis.hset(name, "from_the_future", "1")
+    for name in stack.records("echo"):
+        stack.redis.hset(name, "from_the_future", "1")
     old.kill()
     for stream in streams:
         assert stream.finish(60).split() == WORDS

@@ -6,10 +6,11 @@ import time
 from typing import Any
 
 from fastchat_q import keys
-from tests.http_client import Connection, Reply, get, post
+from tests.http_client import Reply, get, post
 from tests.stack import Stack, free_port, wait_until
+from tests.streams import ENDLESS, LONG, WORDS, echo_worker, resume, second_api
 
-from .kit import ENDLESS, LONG, WORDS, Recorder, assert_log_is, assert_queue_is_clean, echo_worker, second_api
+from .kit import Recorder, assert_log_is, assert_queue_is_clean
 
 RESUMES = 200
 
@@ -54,7 +55,7 @@ def test_row_07_a_cut_client_goes_on_at_another_api_server_with_the_exact_rest(s
     first.wait_words(40)
     first.close()
     assert first.public_id is not None
-    rest = Recorder(other, resume=(first.public_id, first.last_id))
+    rest = Recorder(other, behind=(first.public_id, first.last_id))
     rest.finish()
     assert (first.text + rest.text).split() == WORDS
     assert min(piece.id for piece in rest.pieces) > first.last_id
@@ -71,7 +72,7 @@ def test_row_07_a_stream_survives_the_kill_9_of_its_api_server_and_goes_on_at_th
     first.close()
     stack.start_api(port)
     assert first.public_id is not None
-    rest = Recorder(port, resume=(first.public_id, first.last_id))
+    rest = Recorder(port, behind=(first.public_id, first.last_id))
     rest.finish()
     assert (first.text + rest.text).split() == WORDS
 
@@ -101,7 +102,7 @@ def test_row_08_a_client_that_comes_back_within_the_grace_keeps_its_job(stack: S
     first.wait_words(10)
     first.close()
     assert first.public_id is not None
-    rest = Recorder(port, resume=(first.public_id, first.last_id))
+    rest = Recorder(port, behind=(first.public_id, first.last_id))
     rest.finish()
     assert (first.text + rest.text).split() == WORDS
 
@@ -131,12 +132,7 @@ def test_row_40_a_thundering_herd_of_clients_that_come_back_is_served(stack: Sta
     first = Recorder(stack.port)
     first.wait_words(40)
     assert first.public_id is not None
-    herd = []
-    for number in range(RESUMES):
-        connection = Connection(stack.port)
-        headers = {"last-event-id": str(number % 40), "content-type": None, "content-length": None}
-        connection.send(b"", path=f"/v1/jobs/{first.public_id}/events", method="GET", headers=headers)
-        herd.append(connection)
+    herd = [resume(stack.port, first.public_id, number % 40) for number in range(RESUMES)]
     first.finish()
     for number, connection in enumerate(herd):
         assert connection.head()[0] == 200

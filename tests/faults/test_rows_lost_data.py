@@ -6,8 +6,9 @@ import shutil
 from fastchat_q import keys
 from tests.http_client import get
 from tests.stack import RedisServer, Stack, wait_until
+from tests.streams import LONG, WORDS, echo_worker, second_api
 
-from .kit import LONG, WORDS, Recorder, assert_queue_is_clean, echo_worker, frozen, second_api
+from .kit import Recorder, assert_queue_is_clean, frozen
 from .proxy import fault_proxy
 
 
@@ -29,7 +30,7 @@ def test_row_14_redis_restarts_empty_and_open_streams_go_on_behind_what_their_cl
     assert "".join(json.loads(fields["d"])["s"] for _, fields in log) == running.text
     early = running.pieces[len(running.pieces) // 10]
     before = "".join(piece.text for piece in running.pieces if piece.id <= early.id)
-    rest = Recorder(stack.port, resume=(running.public_id or "", early.id))
+    rest = Recorder(stack.port, behind=(running.public_id or "", early.id))
     assert (before + rest.finish()).split() == WORDS, "no second beginning for who comes back with an old id"
     assert_queue_is_clean(stack, "echo")
 

@@ -4,8 +4,9 @@ import signal
 
 from fastchat_q import keys
 from tests.stack import Stack, wait_until
+from tests.streams import LONG, WORDS, echo_worker
 
-from .kit import LONG, WORDS, Recorder, assert_queue_is_clean, echo_worker, frozen
+from .kit import Recorder, assert_queue_is_clean, frozen
 
 NAMES = keys.model_keys("echo")
 STREAM = NAMES.stream("hi")

@@ -18,7 +18,7 @@ from fastchat_q.queue import Queue, Terms
 from tests.faulty_worker import FORGET, HANG, LARGE, POISON
 from tests.http_client import get, post
 from tests.stack import Process, RedisServer, Stack, wait_until
-from tests.test_recovery import LONG, WORDS, read_words, start_stream, stream_text
+from tests.streams import LONG, WORDS, echo_worker, read_words, start_stream, stream_text
 
 MODEL = "faulty"
 NAMES = keys.model_keys(MODEL)
@@ -80,7 +80,7 @@ def crashed(server: RedisServer) -> list[str]:
 
 
 def test_row_01_the_job_of_a_killed_engine_is_handed_back_within_a_second_and_its_stream_goes_on(stack: Stack) -> None:
-    worker = stack.start_worker("--model", "echo", "--engine", "echo", "--token-delay-ms", "10", supervised=True)
+    worker = echo_worker(stack, supervised=True)
     engine = stack.engine_pid(worker)
     stream = start_stream(stack.port, LONG)
     stream.head()
@@ -89,7 +89,7 @@ def test_row_01_the_job_of_a_killed_engine_is_handed_back_within_a_second_and_it
     seconds, micros = stack.redis.time()
     killed_ms = seconds * 1000 + micros // 1000
     os.kill(engine, signal.SIGKILL)
-    [name] = [name for name in stack.job_keys("echo") if ":j:" in name]
+    [name] = stack.records("echo")
     wait_until(lambda: stack.redis.hget(name, "e1"), "the job is handed back")
     at, _, how = stack.redis.hget(name, "e1").partition(" ")
     assert how == "killed by SIGKILL (out of memory?)"
@@ -202,9 +202,8 @@ def test_row_32_a_model_that_cannot_be_loaded_is_refused_with_the_reason(stack: 
 
 
 def test_row_38_a_rolling_restart_under_supervision_moves_its_streams(stack: Stack) -> None:
-    flags = ("--model", "echo", "--engine", "echo", "--token-delay-ms", "10", "--drain-s", "0.2")
-    first = stack.start_worker(*flags, supervised=True)
-    stack.start_worker(*flags, supervised=True)
+    first = echo_worker(stack, "--drain-s", "0.2", supervised=True)
+    echo_worker(stack, "--drain-s", "0.2", supervised=True)
     streams = [start_stream(stack.port, LONG) for _ in range(4)]
     pieces = [stream_text(stream) for stream in streams if stream.head()]
     texts = [read_words(piece, 20) for piece in pieces]
