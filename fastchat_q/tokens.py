@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from . import keys, scripts
+from .connection import TRANSIENT
 from .events import Delta, decode_delta, encode_payload
 from .queue import LEASE_MS, Claim, Finish, finish_call
 
@@ -22,6 +23,8 @@ class Status(IntEnum):
     GAP = 3
     UNHEARD = 4
     """OK, but no API process listens on the job's inbox."""
+    DAMAGED = 5
+    """Somebody else wrote into the job's log or record: it takes no token any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +42,16 @@ class Appended:
     """The answers to one `append`, in the order of its arguments."""
 
     chunks: list[Status]
-    finishes: list[Status]
+    finishes: list[Status | RedisError]
+    """An error: this end was refused, and no other."""
 
 
 async def append(redis: "Redis", model: str, chunks: Sequence[Chunk], finishes: Sequence[Finish] = ()) -> Appended:
     """Logs and publishes chunks, then ends jobs, in one round trip.
 
     Raises:
-        redis.RedisError: the server is away; the same call may be repeated.
+        redis.RedisError: one of ``connection.TRANSIENT``: the server is away; the same call may be repeated. Another
+            one: it refused the tokens.
     """
     calls: list[scripts.Call] = []
     if chunks:
@@ -57,10 +62,16 @@ async def append(redis: "Redis", model: str, chunks: Sequence[Chunk], finishes: 
     calls += [finish_call(model, finish) for finish in finishes]
     replies: list[Any] = await scripts.call_many(redis, calls)
     for reply in replies:
-        if isinstance(reply, RedisError):
+        if isinstance(reply, TRANSIENT):
             raise reply
-    emitted = [Status(code) for code in replies[0]] if chunks else []
-    return Appended(emitted, [Status(code) for code in replies[len(replies) - len(finishes) :]])
+    ended = [
+        reply if isinstance(reply, RedisError) else Status(reply) for reply in replies[len(calls) - len(finishes) :]
+    ]
+    if not chunks:
+        return Appended([], ended)
+    if isinstance(replies[0], RedisError):
+        raise replies[0]
+    return Appended([Status(code) for code in replies[0]], ended)
 
 
 async def read(redis: "Redis", model: str, job_id: str, after: int = 0) -> list[Delta]:

@@ -2,9 +2,11 @@
 
 import asyncio
 import signal
+from collections.abc import Awaitable, Callable
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from fastchat_q import keys, scripts
 from fastchat_q.connection import connect
@@ -126,6 +128,47 @@ async def test_a_repeated_emit_adds_no_token_and_a_gap_is_refused(redis: "Redis"
     assert await emit(redis, held, 2, 1, 2) is Status.DUPLICATE
     assert await emit(redis, held, 4, 4) is Status.GAP
     assert [delta.n for delta in await read(redis, MODEL, "JOB0001")] == [2]
+
+
+@pytest.mark.parametrize(
+    ("damage", "can_be_ended"),
+    [
+        pytest.param(lambda r: r.xadd(NAMES.log("JOB0002"), {"x": "y"}, id="0-100000"), True, id="entry-ahead"),
+        pytest.param(lambda r: r.xadd(NAMES.log("JOB0002"), {"x": "y"}), True, id="entry-of-our-time"),
+        pytest.param(
+            lambda r: r.xadd(NAMES.log("JOB0002"), {"x": "y"}, id=f"{2**64 - 1}-{2**64 - 1}"), True, id="full"
+        ),
+        pytest.param(lambda r: r.set(NAMES.log("JOB0002"), "what"), True, id="log-is-a-string"),
+        pytest.param(lambda r: r.hset(NAMES.job("JOB0002"), "n", "many"), True, id="count-is-no-number"),
+        pytest.param(lambda r: r.hdel(NAMES.job("JOB0002"), "n"), True, id="no-count"),
+        pytest.param(lambda r: r.hdel(NAMES.job("JOB0002"), "deadline_ms"), True, id="no-deadline"),
+        pytest.param(lambda r: r.hdel(NAMES.job("JOB0002"), "inbox"), False, id="no-inbox"),
+        pytest.param(lambda r: r.set(NAMES.job("JOB0002"), "what"), False, id="record-is-a-string"),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 1])
+async def test_a_damaged_job_takes_no_token_and_its_neighbours_in_the_call_do(
+    redis: "Redis", damage: Callable[["Redis"], Awaitable[object]], can_be_ended: bool, before: int
+) -> None:
+    queue = Queue(redis)
+    for number in (1, 2, 3):
+        await enqueue(queue, number, inbox="")
+    held = await claim(queue, free=3)
+    for one in held if before else []:
+        await emit(redis, one, 1, 7)
+    await damage(redis)
+    answer = await append(redis, MODEL, [Chunk(one, before + 1, (8,), "x") for one in held])
+    assert answer.chunks == [Status.UNHEARD, Status.DAMAGED, Status.UNHEARD]
+    ends = [Finish(held[0], before + 1, "succeeded", "stop", DONE), Finish(held[1], before, "failed", "damaged", DONE)]
+    answer = await append(redis, MODEL, [Chunk(held[2], before + 2, (9,), "y")], ends)
+    assert answer.chunks == [Status.UNHEARD], "an end that is refused is nobody else's"
+    assert answer.finishes[0] is Status.OK
+    if can_be_ended:
+        assert answer.finishes[1] is Status.OK
+        assert await field(redis, "state", 2) == "failed"
+    else:
+        assert isinstance(answer.finishes[1], ResponseError)
+    assert await redis.zrange(NAMES.lease, 0, -1) == [b"JOB0003"], "who goes by the leases does not stumble over it"
 
 
 async def test_a_finish_that_overtakes_its_tokens_is_refused(redis: "Redis") -> None:

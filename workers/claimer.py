@@ -7,8 +7,10 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Set
 
 import structlog
+from redis.exceptions import ResponseError
 
 from fastchat_q import keys
+from fastchat_q.connection import TRANSIENT
 from fastchat_q.loops import AWAY, PreemptedError, check_cancelled, unless
 from fastchat_q.queue import Advice, Claim, Queue
 
@@ -63,6 +65,13 @@ class Claimer:
         """Jobs may be ours that the worker does not run: they are handed back before the next claim."""
         self._doubt = why
 
+    async def settle(self) -> None:
+        """Hands back what is in doubt; for a worker that claims nothing more."""
+        if self._doubt:
+            why, self._doubt = self._doubt, ""
+            with contextlib.suppress(*AWAY):  # what is left comes back when its lease runs out
+                await self._disown_unknown(why)
+
     async def run(self) -> None:
         """Claims until the worker stops."""
         try:
@@ -88,9 +97,7 @@ class Claimer:
                 log.warning("claim failed, trying again", error=str(error))
                 self.doubt("claim reply lost")
                 await asyncio.sleep(RETRY_S)
-        if self._doubt:
-            with contextlib.suppress(*AWAY):  # what is left comes back when its lease runs out
-                await self._disown_unknown(self._doubt)
+        await self.settle()
 
     def _offer(self) -> list[tuple[str, int]]:
         lanes = [active.claim.lane for active in self._active.values()]
@@ -133,7 +140,13 @@ class Claimer:
         first call on the new one.
         """
         for _ in range(2):
-            back, _ = await self._queue.disown(self._model, self._id, why, crashed=False, known=self._known())
+            try:
+                back, _ = await self._queue.disown(self._model, self._id, why, crashed=False, known=self._known())
+            except ResponseError as error:
+                if isinstance(error, TRANSIENT):
+                    raise
+                log.error("cannot hand back: the leases will run out", why=why, error=str(error))
+                return  # one damaged record must not keep this worker from all others
             if back:
                 log.info("handed back jobs that are not run", jobs=back)
             await self._or_stopping(asyncio.sleep(RETRY_S))

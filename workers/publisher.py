@@ -11,6 +11,8 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from fastchat_q.connection import TRANSIENT
+from fastchat_q.errors import JobFailedError
+from fastchat_q.events import Result
 from fastchat_q.loops import check_cancelled
 from fastchat_q.queue import Claim, Finish
 from fastchat_q.tokens import Chunk, Status, append
@@ -37,6 +39,7 @@ class Publisher:
     ``on_lost`` is told of claims that are no longer ours: cancelled, or taken over by somebody else.
     ``on_sent`` is told of each chunk that was taken: when the call was sent that extended the lease (time.monotonic),
     and whether anybody was listening.
+    ``on_refused`` is told that claims were dropped which are still ours: somebody has to hand them back.
     ``redis`` should not resend by itself: what is forgotten meanwhile would be sent again.
     """
 
@@ -46,10 +49,11 @@ class Publisher:
         model: str,
         on_lost: Callable[[Claim], None],
         on_sent: Callable[[Claim, float, bool], None],
+        on_refused: Callable[[str], None],
     ) -> None:
         self._redis = redis
         self._model = model
-        self._on_lost, self._on_sent = on_lost, on_sent
+        self._on_lost, self._on_sent, self._on_refused = on_lost, on_sent, on_refused
         self._pending: dict[str, _Pending] = {}
         self._sending: list[_Pending] = []
         self._some = asyncio.Event()
@@ -129,17 +133,32 @@ class Publisher:
                 log.exception("emit refused", jobs=[p.claim.job_id for p in self._sending])
                 for p in self._sending:
                     self._on_lost(p.claim)
+                self._on_refused("tokens refused")
                 return
         for chunk, status in zip(chunks, answer.chunks, strict=True):
             if status is Status.GAP:
                 log.error("tokens missing in the log", job=chunk.claim.job_id, n=chunk.n)
+                self._on_refused("tokens missing in the log")
             if status in (Status.LOST, Status.GAP):
                 self._lost(chunk.claim)
+            elif status is Status.DAMAGED:
+                self._give_up(chunk)
             else:  # a duplicate is an earlier call of this loop, whose reply was lost
                 self._on_sent(chunk.claim, first if status is Status.DUPLICATE else sent, status is not Status.UNHEARD)
-        for finish, status in zip(finishes, answer.finishes, strict=True):
-            if status is Status.GAP:
+        for finish, end in zip(finishes, answer.finishes, strict=True):
+            if isinstance(end, RedisError):  # its lease runs out, for that is counted: no try without end
+                log.error("end refused", job=finish.claim.job_id, error=str(end))
+            elif end is Status.GAP and finish.claim.job_id not in self._pending:
                 log.error("ended without all its tokens: it is claimed anew", job=finish.claim.job_id, n=finish.n)
+                self._on_refused("ended without all its tokens")
+
+    def _give_up(self, chunk: Chunk) -> None:
+        """Ends a job whose log takes nothing more, here and now: another try could not write either."""
+        claim, n = chunk.claim, chunk.n - len(chunk.ids)
+        log.error("log or record damaged", job=claim.job_id, n=n)
+        self._lost(claim)
+        error = JobFailedError(f"The token log is damaged: it takes nothing behind token {n}.", code="log_incomplete")
+        self.add(claim, n, (), "", Finish(claim, n, "failed", "log_incomplete", Result.from_error(error)), urgent=True)
 
     def _lost(self, claim: Claim) -> None:
         self.forget(claim)

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
+from redis.exceptions import RedisError
 
 from fastchat_q import keys
+from fastchat_q.connection import TRANSIENT
 from fastchat_q.errors import FastchatQError, InvalidRequestError, JobFailedError, RetryableError
 from fastchat_q.events import Result
 from fastchat_q.jobs import Job
@@ -82,7 +84,9 @@ class Worker:
         self._active: dict[str, Active] = {}
         self._ahead = threading.Semaphore(MAX_STEPS_AHEAD)
         self._freed, self._stopping, self._hurry = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._publisher = Publisher(links.once, self._model, self._lost, self._sent)
+        self._publisher = Publisher(
+            links.once, self._model, self._lost, self._sent, on_refused=lambda why: self._claimer.doubt(why)
+        )
         self._registration = Registration.of_this_process(self.id, engine.card, engine.slots, supervisor)
         self._claimer = Claimer(
             self._once,
@@ -168,13 +172,13 @@ class Worker:
                 log.info("resuming", job=claim.job_id, attempt=claim.attempt, tokens=claim.n)
         except FastchatQError as error:
             self._end(active, (), "", Ended(error=error))
-        except (KeyError, TypeError, ValueError) as error:  # somebody else wrote into its log
-            damaged = JobFailedError(f"The token log is damaged: {error!r}.", code="log_incomplete")
-            self._end(active, (), "", Ended(error=damaged))
-        except AWAY as error:  # it cannot be begun now
+        except TRANSIENT as error:  # it cannot be begun now
             log.warning("could not read the log", job=claim.job_id, error=str(error))
             self._lost(claim)
             self._claimer.doubt("log not read")
+        except (KeyError, TypeError, ValueError, RedisError) as error:  # somebody else wrote into its log, or over it
+            damaged = JobFailedError(f"The token log is damaged: {error!r}.", code="log_incomplete")
+            self._end(active, (), "", Ended(error=damaged))
         else:
             self._engine.submit(Request(job, active.ticket, prior))
 
@@ -325,6 +329,7 @@ class Worker:
                 await self._publisher.flushed()
                 if left:
                     await self._queue.release(self._model, [active.claim for active in left])
+                await self._claimer.settle()
                 await self._registry.withdraw(self.id)
         except (TimeoutError, *AWAY) as error:
             log.warning("could not hand back: the leases will run out", error=str(error))

@@ -3,7 +3,10 @@
 import asyncio
 import json
 import signal
+from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from fastchat_q import keys
 from fastchat_q.connection import connect
@@ -11,7 +14,7 @@ from fastchat_q.jobs import Job
 from fastchat_q.queue import REAP_LIMIT, Queue, Taken, Terms
 from tests.http_client import get, post
 from tests.stack import Stack, wait_until
-from tests.streams import LONG, WORDS, echo_worker
+from tests.streams import ENDLESS, LONG, WORDS, echo_worker
 
 from .kit import Recorder, assert_log_is, assert_queue_is_clean, frozen
 
@@ -71,6 +74,99 @@ def test_row_27_foreign_entries_and_broken_records_are_dropped_and_the_worker_li
     fine = Recorder(stack.port)
     assert fine.finish().split() == WORDS
     assert worker.alive
+    assert_queue_is_clean(stack, "echo")
+
+
+DAMAGED: list[tuple[str, Callable[[Any, str], object]]] = [
+    ("a foreign entry", lambda redis, name: redis.xadd(name, {"x": "y"}, id="0-100000")),
+    ("a foreign entry that was deleted again", lambda redis, name: redis.xdel(name, redis.xadd(name, {"x": "y"}))),
+    ("an entry without tokens", lambda redis, name: redis.xadd(name, {"k": 0, "d": '{"t":[],"s":""}'}, id="0-100000")),
+    ("another type", lambda redis, name: (redis.delete(name), redis.set(name, "what"))),
+]
+
+
+def test_row_27_a_damaged_log_of_a_running_job_ends_that_job_and_holds_no_neighbour_up(stack: Stack) -> None:
+    worker = echo_worker(stack)
+    names = keys.model_keys("echo")
+    neighbours = [Recorder(stack.port) for _ in range(3)]
+    victims = [Recorder(stack.port, ENDLESS) for _ in DAMAGED]
+    for stream in (*neighbours, *victims):
+        stream.wait_words(20)
+    for stream, (_, damage) in zip(victims, DAMAGED, strict=True):
+        damage(stack.redis, names.log(str(stream.job_id)))
+    for stream, (what, _) in zip(victims, DAMAGED, strict=True):
+        record = names.job(str(stream.job_id))
+        wait_until(lambda record=record: stack.redis.hget(record, "state") == "failed", f"{what}: it fails", 3)
+        with pytest.raises(AssertionError, match=r"log_incomplete|stream_diverged"):
+            stream.finish()
+        assert stack.redis.hmget(record, "reason", "deaths", "attempt") == ["log_incomplete", "0", "1"], what
+    for stream in neighbours:
+        assert stream.finish().split() == WORDS
+        assert stream.longest_pause_s() < 3
+        assert_log_is(stack, "echo", stream)
+        assert stack.redis.hmget(names.job(str(stream.job_id)), "deaths", "attempt") == ["0", "1"]
+    assert worker.alive
+    assert_queue_is_clean(stack, "echo")
+
+
+def test_row_27_a_log_that_is_damaged_before_its_first_token_ends_its_job_and_no_other(stack: Stack) -> None:
+    """A claim of a job without tokens does not read its log."""
+    worker = echo_worker(stack)
+    names = keys.model_keys("echo")
+    with frozen(worker.pid):
+        victim = Recorder(stack.port)
+        wait_until(lambda: stack.live("echo") == 1, "it is queued")
+        [record] = [name for name in stack.job_keys("echo") if ":j:" in name]
+        stack.redis.xadd(names.log(record.rpartition(":")[2]), {"x": "y"})
+    wait_until(lambda: stack.redis.hget(record, "state") == "failed", "it fails")
+    with pytest.raises(AssertionError, match=r"500|log_incomplete|stream_diverged"):
+        victim.finish()
+    assert stack.redis.hmget(record, "reason", "deaths", "attempt") == ["log_incomplete", "0", "1"]
+    assert Recorder(stack.port).finish().split() == WORDS
+    assert_queue_is_clean(stack, "echo")
+
+
+def test_row_27_a_log_that_is_overwritten_between_two_attempts_ends_its_job(stack: Stack) -> None:
+    first = echo_worker(stack, "--drain-s", "0.2")
+    victim = Recorder(stack.port)
+    victim.wait_words(20)
+    assert first.stop() == 0
+    names = keys.model_keys("echo")
+    record, name = names.job(str(victim.job_id)), names.log(str(victim.job_id))
+    stack.redis.delete(name)
+    stack.redis.set(name, "what")
+    echo_worker(stack)
+    wait_until(lambda: stack.redis.hget(record, "state") == "failed", "it fails")
+    with pytest.raises(AssertionError, match=r"log_incomplete|stream_diverged"):
+        victim.finish()
+    assert stack.redis.hmget(record, "reason", "deaths", "attempt") == ["log_incomplete", "0", "2"]
+    assert_queue_is_clean(stack, "echo")
+
+
+@pytest.mark.parametrize("ghost", [False, True], ids=["alone", "beside-a-record-that-is-none"])
+def test_row_27_a_worker_whose_tokens_redis_refuses_hands_its_jobs_back_and_no_lease_runs_out(
+    stack: Stack, ghost: bool
+) -> None:
+    names = keys.model_keys("echo")
+    if ghost:
+        stack.redis.set(names.job("GHOST"), "what")
+        stack.redis.zadd(names.lease, {"GHOST": 2**50})
+    echo_worker(stack)
+    streams = [Recorder(stack.port) for _ in range(3)]
+    for stream in streams:
+        stream.wait_words(20)
+    stack.redis.execute_command("ACL", "SETUSER", "default", "-publish")
+    try:
+        records = [names.job(str(stream.job_id)) for stream in streams]
+        wait_until(lambda: all(stack.redis.hget(record, "e1") for record in records), "they are handed back", 5)
+    finally:
+        stack.redis.execute_command("ACL", "SETUSER", "default", "+publish")
+    for stream, record in zip(streams, records, strict=True):
+        assert stream.finish().split() == WORDS
+        assert_log_is(stack, "echo", stream)
+        assert stack.redis.hget(record, "deaths") == "0"
+    stack.redis.delete(names.job("GHOST"))
+    stack.redis.zrem(names.lease, "GHOST")
     assert_queue_is_clean(stack, "echo")
 
 
