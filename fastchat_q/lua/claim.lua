@@ -43,7 +43,7 @@ local function take(id, score, lane, sid)
   if first then redis.call('ZADD', LIVE, deadline, id) end
   count(QUEUED, tenant, -1)
   redis.call('HINCRBY', RUNNING, tenant, 1)
-  out[#out + 1] = {id, fence, attempt, tonumber(h[7]), lane, tonumber(h[9]), h[8]}
+  out[#out + 1] = {id, fence, attempt, tonumber(h[7]) or 0, lane, tonumber(h[9]) or 0, h[8]}   -- a nil would end the reply here
 end
 
 local left, kept = 0, false
