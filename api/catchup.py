@@ -16,13 +16,13 @@ from redis.exceptions import RedisError
 
 from fastchat_q import keys
 from fastchat_q.connection import TRANSIENT
-from fastchat_q.errors import FastchatQError, JobFailedError
-from fastchat_q.events import TERMINAL_STATES, End, Result
+from fastchat_q.errors import FastchatQError, InvalidRequestError, JobFailedError
+from fastchat_q.events import TERMINAL_STATES, Delta, End, Result
 from fastchat_q.queue import Queue, eta_s, position
 from fastchat_q.records import number
 from fastchat_q.tokens import entry_to_delta, read
 
-from .stream import JobStream
+from .stream import INVALID_EVENT_ID, JobStream
 
 log = structlog.get_logger()
 
@@ -88,7 +88,7 @@ class CatchUp:
             error = next((reply for reply in own if isinstance(reply, RedisError)), None)
             if error is not None:  # asked again it would be the same, and keep the others waiting
                 log.error("cannot read a job", job=stream.job_id, error=str(error))
-                self._diverged(stream)
+                _diverge(stream)
                 continue
             interactive, service_ms, mode, entries, record, rank = own
             state, n, reason, result, lane, keep_ms = record
@@ -108,7 +108,7 @@ class CatchUp:
                     again.append(stream)
             except (AttributeError, KeyError, TypeError, ValueError):  # somebody else wrote into its record or log
                 log.exception("a job's record or log is damaged", job=stream.job_id)
-                self._diverged(stream)
+                _diverge(stream)
         return again
 
     async def _feed(self, stream: JobStream, found: _Found, seen: int) -> bool:
@@ -119,14 +119,17 @@ class CatchUp:
         if found.state not in TERMINAL_STATES and found.n < seen and stream.submission is not None:
             return await self._put_back(stream, found)
         for entry_id, fields in found.entries:
-            if not stream.feed(entry_to_delta(entry_id, fields)):
-                return await self._go_round(stream)
+            delta = entry_to_delta(entry_id, fields)
+            if not stream.feed(delta):
+                return await self._go_round(stream, delta)
         end = _end(found)
         if end is not None:
             stream.over = True
+            if stream.is_beyond(end):
+                return await self._took_another_course(stream) if stream.seen > stream.start else _refuse(stream)
         if end is not None and not stream.feed(end):  # its last tokens came between the reads, or are on the next page
             stream.short_reads = 0 if found.entries else stream.short_reads + 1
-            return stream.short_reads < MAX_SHORT_READS or self._diverged(stream)
+            return stream.short_reads < MAX_SHORT_READS or _diverge(stream)
         return len(found.entries) == PAGE and not stream.ended
 
     def _set_place(
@@ -152,7 +155,7 @@ class CatchUp:
             else:
                 if accepted.job_id == stream.job_id:
                     return True
-        stream.feed(End(0, "lost", "the job record is gone", None))
+        stream.give_up("lost", "the job record is gone")
         return False
 
     async def _keep(self, stream: JobStream, keep_ms: int) -> None:
@@ -167,34 +170,57 @@ class CatchUp:
         """The log has fewer tokens than its client: a failover lost them."""
         ids, text = await self._whole_log(stream)
         lost = stream.entries(ids, text)
-        if not lost:
-            return self._diverged(stream)
+        if lost is None:  # written on meanwhile
+            return await self._go_round(stream)
+        if not lost:  # it is whole again
+            return False
         log.warning("log rolled back, tokens put back", job=stream.job_id, logged=len(ids), tokens=stream.seen)
         await self._queue.restore(stream.model, stream.job_id, len(ids), lost)
         return True
 
-    async def _go_round(self, stream: JobStream) -> bool:
-        """The log was rolled back and has been written on meanwhile: in other pieces, but the same tokens?"""
+    async def _go_round(self, stream: JobStream, delta: Delta | None = None) -> bool:
+        """The log was rolled back and has been written on meanwhile: in other pieces, but the same tokens?
+
+        Args:
+            delta: the entry that does not begin behind what the stream has.
+        """
         if stream.submission is not None:
             rest = stream.ahead(*await self._whole_log(stream))
             if rest is not None:
                 stream.feed(rest)
                 return True
-        return self._diverged(stream)
+        elif delta is not None and delta.n - delta.k < stream.seen == stream.start:  # the reader says that it has it
+            return _refuse(stream)
+        return await self._took_another_course(stream)
+
+    async def _took_another_course(self, stream: JobStream) -> bool:
+        """Its reader has tokens that are not those of the log, under ids that nobody is to go on behind."""
+        await self._queue.restore(stream.model, stream.job_id, stream.seen)
+        return _diverge(stream)
 
     async def _whole_log(self, stream: JobStream) -> tuple[tuple[int, ...], str]:
         logged = await read(self._redis, stream.model, stream.job_id)
         return tuple(token for delta in logged for token in delta.ids), "".join(delta.text for delta in logged)
 
-    @staticmethod
-    def _diverged(stream: JobStream) -> bool:
-        log.error("stream cannot be continued", job=stream.job_id, tokens=stream.seen)
-        error = JobFailedError(
-            "The queue lost tokens that you have received, and the answer took another course. Send the request again.",
-            code="stream_diverged",
-        )
-        stream.feed(End(0, "failed", "diverged", Result.from_error(error)))
-        return False
+
+def _diverge(stream: JobStream) -> bool:
+    log.error("stream cannot be continued", job=stream.job_id, tokens=stream.seen)
+    error = JobFailedError(
+        "The queue lost tokens that you have received, and the answer took another course. Send the request again.",
+        code="stream_diverged",
+    )
+    stream.give_up("failed", "diverged", error)
+    return False
+
+
+def _refuse(stream: JobStream) -> bool:
+    error = InvalidRequestError(
+        f"There is no going on behind the event id {stream.start}: it is none that an event of this job has had. Read "
+        "the job from its beginning, without Last-Event-ID.",
+        code=INVALID_EVENT_ID,
+    )
+    stream.give_up("failed", INVALID_EVENT_ID, error)
+    return False
 
 
 def _end(found: _Found) -> End | None:

@@ -6,12 +6,14 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response
 
 from fastchat_q.errors import InvalidRequestError, JobNotFoundError
+from fastchat_q.events import End
 from fastchat_q.keys import parse_public_job_id
 from fastchat_q.records import read_record
 
 from .render import ChunkWriter, View, to_json
 from .service import Service, service_of, tenant_of
-from .streaming import JobStreamResponse, sse
+from .stream import INVALID_EVENT_ID
+from .streaming import JobStreamResponse, raise_if_failed, sse
 
 router = APIRouter(tags=["jobs"])
 
@@ -47,7 +49,11 @@ async def cancel_job(job_id: str, request: Request) -> Response:
 async def stream_job(
     job_id: str, request: Request, last_event_id: LastEventId = None, starting_after: StartingAfter = None
 ) -> Response:
-    """Continues behind an event, or starts from the beginning; on any server, as often as wanted, while it is kept."""
+    """Continues behind an event, or starts from the beginning; on any server, as often as wanted, while it is kept.
+
+    An id that cannot be continued behind is refused with 400, code `invalid_event_id`: no event had it, or the job was
+    started over.
+    """
     service = service_of(request)
     model, name = _parse(job_id)
     after = _event_id(last_event_id) if starting_after is None else starting_after
@@ -58,6 +64,8 @@ async def stream_job(
 
     try:
         first = await stream.take(service.settings.queue_comment_after_s)
+        if first and isinstance(first[0], End) and first[0].reason == INVALID_EVENT_ID:
+            raise_if_failed(first[0])
     except BaseException:
         leave()
         raise
@@ -91,6 +99,6 @@ def _event_id(header: str | None) -> int | None:
         raise InvalidRequestError(
             f"The header Last-Event-ID is {header[:80]!r}; event ids are whole numbers of at the most "
             f"{MAX_EVENT_ID_DIGITS} digits.",
-            code="invalid_event_id",
+            code=INVALID_EVENT_ID,
         )
     return int(header)

@@ -12,7 +12,7 @@ import structlog
 from redis.asyncio import Redis
 
 from fastchat_q import keys
-from fastchat_q.errors import JobNotFoundError
+from fastchat_q.errors import InvalidRequestError, JobNotFoundError
 from fastchat_q.events import parse_line
 from fastchat_q.jobs import Job
 from fastchat_q.loops import AWAY, RECONNECT_S, check_cancelled, every, listen
@@ -21,7 +21,7 @@ from fastchat_q.settings import Settings
 
 from .catchup import CatchUp
 from .departures import Departures
-from .stream import JobStream, Submission
+from .stream import INVALID_EVENT_ID, JobStream, Submission
 
 log = structlog.get_logger()
 
@@ -87,6 +87,7 @@ class Relay:
 
         Raises:
             JobNotFoundError: there is no such job, or it is somebody else's.
+            InvalidRequestError: its tokens are not those any more that the reader has.
             redis.RedisError, TimeoutError: the server is away.
         """
         stream = self._open(model, job_id, after, None)
@@ -101,7 +102,7 @@ class Relay:
     def leave(self, stream: JobStream, grace_s: float) -> None:
         """The reader is gone. After ``grace_s`` the job is cancelled, unless it has ended or somebody reads it."""
         is_read = any(other.accepted for other in self._streams.get(stream.job_id, ()) if other is not stream)
-        if self._close(stream) and not stream.ended and not is_read:
+        if self._close(stream) and not stream.over and not is_read:
             self._departures.after(grace_s, stream.model, stream.job_id)
 
     async def settled(self, timeout_s: float) -> None:
@@ -136,10 +137,16 @@ class Relay:
 
     async def _attach(self, stream: JobStream, tenant: str | None) -> None:
         """From now on its events come here; those before are in the log."""
-        view = await self._queue.attach(stream.model, stream.job_id, self._inbox, tenant)
-        if view is None:
+        attached = await self._queue.attach(stream.model, stream.job_id, self._inbox, tenant, stream.start)
+        if attached is None:
             raise JobNotFoundError(keys.public_job_id(stream.model, stream.job_id))
-        stream.view = view
+        if attached.void:
+            raise InvalidRequestError(
+                "The job was started over, or its answer took another course, since it had the event with this id. "
+                "Read it from its beginning, without Last-Event-ID.",
+                code=INVALID_EVENT_ID,
+            )
+        stream.view = attached.view
         stream.accepted = True
         self._departures.called_off(stream.job_id)
         self._fall_behind([stream])

@@ -11,6 +11,8 @@ from fastchat_q.jobs import Lane
 from fastchat_q.versions import known_fields
 
 SERVICE_TIERS: dict[Lane, str] = {"hi": "default", "lo": "flex"}
+ENDING_IDS = 3
+"""Ids behind that of the last token: finish reason, usage, [DONE]."""
 
 
 def to_json(body: dict[str, Any]) -> bytes:
@@ -76,7 +78,8 @@ class ChunkWriter:
     """Writes one stream's server-sent events.
 
     Each carries ``id: <n>``, n tokens so far, with which a client that was cut off goes on. What follows the last of N
-    tokens has the ids N + 1 (finish reason, or the error), N + 2 (usage) and N + 3 ([DONE]).
+    tokens has the ids N + 1 (finish reason), N + 2 (usage) and N + 3 ([DONE]). An error has none: who comes back after
+    it goes on behind its last token, though the job was given another life meanwhile.
 
     Args:
         after: the id of the last event that the client has; None: it has none yet.
@@ -118,13 +121,13 @@ class ChunkWriter:
     def _end(self, end: End) -> bytes:
         error = end.error()
         if error is not None:
-            return _event(end.n + 1, orjson.dumps(error.body()))  # no [DONE] follows: the answer is not whole
+            return b"data: %b\n\n" % orjson.dumps(error.body())  # no [DONE] follows: the answer is not whole
         result = end.result
         parts = [(end.n + 1, self._chunk({}, result.finish_reason if result else "stop"))]
         if self._include_usage:
             counts = orjson.dumps(usage(result))
             parts.append((end.n + 2, self._head + b',"choices":[],"usage":' + counts + b"}"))
-        parts.append((end.n + 3, b"[DONE]"))
+        parts.append((end.n + ENDING_IDS, b"[DONE]"))
         return b"".join([_event(n, data) for n, data in parts if self._after is None or n > self._after])
 
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None) -> bytes:

@@ -11,10 +11,15 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fastchat_q.events import Delta, End, Event, Usage, encode_payload
+from fastchat_q.errors import FastchatQError
+from fastchat_q.events import Delta, End, Event, Result, Usage, encode_payload
 from fastchat_q.jobs import Job
 from fastchat_q.queue import LogEntry, Terms
 
+from .render import ENDING_IDS
+
+INVALID_EVENT_ID = "invalid_event_id"
+"""Code of the error that answers an id which cannot be continued behind."""
 MAX_BACKLOG = 256
 """Events that wait for the reader at the most."""
 
@@ -83,7 +88,7 @@ class JobStream:
         self._marks = array("Q")  # (tokens, characters) at the end of each event
 
     def feed(self, event: Event) -> bool:
-        """Takes an event in, from the channel or the log. False: tokens before it are missing, read the log."""
+        """Takes an event in, from the channel or the log. False: it does not follow what was there, read the log."""
         if self.ended or self.full:
             return True
         if len(self._events) >= MAX_BACKLOG:
@@ -92,7 +97,7 @@ class JobStream:
         if isinstance(event, Delta):
             if event.n <= self.seen:
                 return True
-            if event.n - event.k != self.seen and not (event.n - event.k < self.seen == self.start):
+            if event.n - event.k != self.seen:
                 return False
             self.seen = event.n
             if self.submission is not None:
@@ -100,14 +105,26 @@ class JobStream:
                 self._text.write(event.text)
                 self._marks.extend((event.n, self._text.tell()))
         else:
-            if event.n > self.seen:
+            if event.n > self.seen or self.is_beyond(event):
                 return False
-            self.ended = True
+            self.over = True
             self.usage = event.result.usage if event.result else None
+            self._end(event)
+            return True
         self.place = None
         self._events.append(event)
         self._some.set()
         return True
+
+    def give_up(self, state: str, reason: str, error: FastchatQError | None = None) -> None:
+        """Ends it for its reader, with an error; the job may go on."""
+        if not self.ended:
+            self._end(End(self.seen, state, reason, Result.from_error(error) if error else None))
+
+    def is_beyond(self, end: End) -> bool:
+        """The job succeeded with fewer tokens than its reader has, or says that it has."""
+        last_id = end.n if self.seen > self.start else end.n + ENDING_IDS
+        return end.state == "succeeded" and self.seen > last_id
 
     async def take(self, timeout_s: float | None = None) -> list[Event]:
         """All events that are there; waits for the first, at the most ``timeout_s`` (then the list is empty)."""
@@ -170,3 +187,9 @@ class JobStream:
         if self._waiting_s >= limit_s and self.reader is not None and not self.stalled:
             self.stalled = True
             self.reader.cancel()
+
+    def _end(self, end: End) -> None:
+        self.ended = True
+        self.place = None
+        self._events.append(end)
+        self._some.set()

@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> NoReturn:
 @app.command()
 def acl(
     role: Annotated[
-        Role | Literal["all"],
+        Literal["all", Role],
         typer.Option("--role", help="For which kind of process; admin: for the fastchat-q key and redis commands."),
     ] = "all",
     form: Annotated[

@@ -100,6 +100,16 @@ class Claim:
     """Tries that a worker asked to repeat."""
 
 
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """The answer to an ATTACH."""
+
+    view: bytes
+    """The job's `Terms.view`."""
+    void: bool
+    """Its reader has ids of events that are not those of the job any more, and was not attached."""
+
+
 class Advice(IntEnum):
     """What CLAIM says beside the jobs."""
 
@@ -288,20 +298,26 @@ class Queue:
         before: bytes = await self._call("cancel", model, args)
         return before.decode()
 
-    async def attach(self, model: str, job_id: str, inbox: str, tenant: str | None = None) -> bytes | None:
+    async def attach(
+        self, model: str, job_id: str, inbox: str, tenant: str | None = None, after: int = 0
+    ) -> Attached | None:
         """From now on the job's events go to ``inbox`` too, if it has not ended.
 
         Args:
             tenant: whose job it must be; None: anybody's.
+            after: tokens that the reader says it has.
 
         Returns:
-            The job's `Terms.view`; None if there is no such job.
+            None if there is no such job.
         """
-        view: bytes | None = await self._call("attach", model, (job_id, inbox, tenant or ""))
-        return view
+        reply = await self._call("attach", model, (job_id, inbox, tenant or "", after))
+        return None if reply is None else Attached(reply[0], bool(reply[1]))
 
-    async def restore(self, model: str, job_id: str, have: int, lost: Sequence[LogEntry]) -> int:
-        """Puts entries back behind token ``have`` that a failover lost and a client has; see ``lua/restore.lua``."""
+    async def restore(self, model: str, job_id: str, have: int, lost: Sequence[LogEntry] = ()) -> int:
+        """Puts entries back behind token ``have`` that a failover lost and a client has; see ``lua/restore.lua``.
+
+        Without any: they cannot be put back, for the log has others in their place. The ids of events are void then.
+        """
         done: int = await self._call("restore", model, (job_id, have, *(part for entry in lost for part in entry)))
         return done
 

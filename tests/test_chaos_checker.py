@@ -119,6 +119,7 @@ async def test_what_is_left_in_redis_is_seen(redis: "Redis", redis_server: Redis
         Event(3, '{"choices":[{"delta":{"content":"1/4:1-aa:1 "},"finish_reason":null}]}'),
         Event(2, '{"choices":[{"delta":{"content":"2/4:1-aa:1 "},"finish_reason":null}]}'),
         Event(4, "[DONE]"),
+        Event(1, '{"error":{"code":"job_dead"}}'),
     ],
 )
 def test_a_client_sees_events_that_do_not_continue_what_it_has(event: Event) -> None:

@@ -1,7 +1,6 @@
 """Clients that were cut off go on where they were: on any server, after a restart, by event id or idempotency key."""
 
 import json
-import signal
 from typing import Any
 
 import pytest
@@ -60,27 +59,6 @@ def test_a_finished_job_is_read_again_from_any_event(stack: Stack) -> None:
         assert tail.ids == expected
     reply = get(stack.port, f"/v1/jobs/{job_id}/events?starting_after=51")
     assert reply.body == b"id: 53\ndata: [DONE]\n\n"
-
-
-def test_an_event_id_between_two_events_repeats_none_of_those_before_it(stack: Stack) -> None:
-    worker = echo_worker(stack)
-    body = {**LONG, "messages": [{"role": "user", "content": "a b c d"}]}
-    worker.signal(signal.SIGSTOP)
-    connection = start_stream(stack.port, body)
-    wait_until(lambda: stack.live("echo") == 1, "the job is queued")
-    worker.signal(signal.SIGCONT)
-    _, head = connection.head()
-    list(connection.events())
-    name = keys.model_keys("echo").log(head["x-job-id"].rpartition(".")[2])
-    stack.redis.delete(name)
-    stack.redis.xadd(name, {"k": "3", "d": '{"t":[0,1,2],"s":"a b c"}'}, id="0-3")
-    stack.redis.xadd(name, {"k": "1", "d": '{"t":[3],"s":" d"}'}, id="0-4")
-    rest = resume(stack.port, head["x-job-id"], 1)
-    rest.head()
-    assert text_of(list(rest.events())) == "a b c d", "the event that holds the next token comes whole"
-    rest = resume(stack.port, head["x-job-id"], 3)
-    rest.head()
-    assert text_of(list(rest.events())) == " d"
 
 
 @pytest.mark.parametrize("job_id", ["nonsense", "echo.01ARZ3NDEKTSV4RRFFQ69G5FAV", "other.01ARZ3NDEKTSV4RRFFQ69G5FAV"])

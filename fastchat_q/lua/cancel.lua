@@ -1,9 +1,9 @@
 -- CANCEL: immediate for the client; the worker learns it from the hint, or else from its next EMIT.
 --
 -- ARGV: 1 id, 2 reason, 3 prefix of the workers' hint channels, 4 '' or the inbox that leaves: then the job is cancelled
---       only if no other inbox is left and it is not to go on with nobody listening (which counts unless 7 is '1'), 5 '' or the fence of a claim that
---       finds its job abandoned: then it is cancelled only if nobody listens at this moment, 6 tenant whose job it must
---       be, or ''
+--       only if no other inbox is left and it is not to go on with nobody listening (which counts unless 7 is '1'),
+--       5 '' or the fence of a claim that finds its job abandoned: then it is cancelled only if nobody listens at this
+--       moment, 6 tenant whose job it must be, or ''
 -- returns the state before, or 'none'; for a fence also 'lost' (somebody else's by now) | 'heard'
 allow_at_maxmemory()
 local id, leaving = ARGV[1], ARGV[4]

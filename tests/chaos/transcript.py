@@ -63,7 +63,10 @@ class Transcript:
         self.heard = now
         if self.end:
             raise BrokenStreamError(f"event {event.id} after the end")
-        if event.id is None or (self.last_id is not None and event.id <= self.last_id):
+        if event.id is None:
+            self._take_error(event)
+            return
+        if self.last_id is not None and event.id <= self.last_id:
             raise BrokenStreamError(f"event id {event.id} after {self.last_id}")
         self.last_id = event.id
         if event.data == "[DONE]":
@@ -74,9 +77,8 @@ class Transcript:
             return
         chunk = json.loads(event.data)
         if "error" in chunk:
-            self._expect(event, 1)
-            self.end = str(chunk["error"]["code"])
-        elif not chunk["choices"]:
+            raise BrokenStreamError(f"an error with an id: {event.data[:200]}")
+        if not chunk["choices"]:
             self._expect(event, 2)
         elif chunk["choices"][0]["finish_reason"]:
             self._expect(event, 1)
@@ -113,6 +115,12 @@ class Transcript:
         self.take_text(text)
         if event.id != self.seen:
             raise BrokenStreamError(f"event id {event.id} on token {self.seen}")
+
+    def _take_error(self, event: Event) -> None:
+        chunk = {} if event.data == "[DONE]" else json.loads(event.data)
+        if "error" not in chunk:
+            raise BrokenStreamError(f"an event without an id after {self.last_id}: {event.data[:200]}")
+        self.end = str(chunk["error"]["code"])
 
     def _expect(self, event: Event, behind: int) -> None:
         if event.id != self.seen + behind:

@@ -3,8 +3,10 @@
 import json
 import shutil
 
+import pytest
+
 from fastchat_q import keys
-from tests.http_client import get
+from tests.http_client import Connection, get
 from tests.stack import RedisServer, Stack, wait_until
 from tests.streams import LONG, WORDS, echo_worker, second_api
 
@@ -80,6 +82,32 @@ def test_row_24_a_log_that_was_rolled_back_gets_its_tokens_back_and_its_writer_i
     assert recorder.finish(60).split() == WORDS
     attempts = get(stack.port, f"/v1/jobs/{recorder.public_id}").json()["attempts"]
     assert attempts[0]["outcome"] == "log rolled back"
+
+
+def test_row_24_an_answer_that_took_another_course_is_refused_to_who_comes_back_with_an_old_id(stack: Stack) -> None:
+    worker = echo_worker(stack)
+    recorder = Recorder(stack.port, {**LONG, "on_disconnect": "continue"})
+    recorder.wait_words(60)
+    names = keys.model_keys("echo")
+    with frozen(worker.pid):
+        assert recorder.job_id is not None
+        log, record = names.log(recorder.job_id), names.job(recorder.job_id)
+        wait_until(lambda: recorder.last_id == int(stack.redis.hget(record, "n") or 0), "the client has all")
+        with stack.redis.pipeline() as pipe:
+            pipe.delete(log)
+            pipe.xadd(log, {"k": "2", "d": '{"t":[7,7],"s":"another course"}'}, id="0-2")
+            pipe.hset(record, "n", 2)
+            pipe.execute()
+        with pytest.raises(AssertionError, match="stream_diverged"):
+            recorder.finish()
+        public_id = str(recorder.public_id)
+        old = get(stack.port, f"/v1/jobs/{public_id}/events", last_event_id=str(recorder.last_id))
+        assert (old.status, old.error()["code"]) == (400, "invalid_event_id")
+        whole = Connection(stack.port)
+        bare: dict[str, str | None] = {"content-type": None, "content-length": None}
+        whole.send(b"", path=f"/v1/jobs/{public_id}/events", method="GET", headers=bare)
+        assert whole.head()[0] == 200
+        assert "another course" in next(block for block in whole.events() if "another" in block)
 
 
 def test_row_24_a_promotion_that_loses_the_last_tokens_costs_the_client_none(stack: Stack) -> None:
