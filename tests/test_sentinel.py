@@ -11,6 +11,8 @@ from pathlib import Path
 import openai
 import pytest
 import redis as sync_redis
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from fastchat_q import sentinel
 from fastchat_q.addresses import without_password
@@ -49,8 +51,9 @@ class Replicated:
         return {"FASTCHAT_Q_REDIS_URL": self.url}
 
     def admin(self, port: int) -> "sync_redis.Redis":
-        """A client of one server or sentinel."""
-        return sync_redis.Redis(port=port, decode_responses=True, socket_timeout=5)
+        """A client of one server or sentinel. A sentinel that promotes or demotes a server cuts its clients off."""
+        again, cut = Retry(ConstantBackoff(0.1), 3), [sync_redis.ConnectionError]
+        return sync_redis.Redis(port=port, decode_responses=True, socket_timeout=5, retry=again, retry_on_error=cut)
 
     def client(self) -> "sync_redis.Redis":
         """A client of the master."""
