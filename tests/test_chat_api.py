@@ -180,7 +180,7 @@ def test_a_client_that_leaves_a_running_job_cancels_it(echo_stack: Stack, stream
         connection.head()
         next(connection.events())
     connection.close()
-    wait_until(lambda: echo_stack.running("echo") == 0, "the slot is free", timeout_s=2)
+    wait_until(lambda: echo_stack.running("echo") == 0, "the slot is free")
     assert echo_stack.live("echo") == 0
 
 

@@ -235,7 +235,7 @@ async def composed_redis(folder: Path) -> AsyncIterator["Redis"]:
     )
     client = connect(f"unix://{folder / 'r.sock'}")
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not (folder / "r.sock").exists():
                 assert process.returncode is None, "the server does not accept these options"
                 await asyncio.sleep(0.01)

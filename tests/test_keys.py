@@ -157,7 +157,7 @@ def test_a_key_answers_for_its_life(echo_stack: Stack) -> None:
     assert key["key"] not in key_command(echo_stack, "ls", "--json").stdout
     revoked = key_command(echo_stack, "revoke", key["id"])
     assert revoked.stdout == f"revoked {key['id']} (life)\n"
-    wait_until(lambda: ask(echo_stack, key["key"]).status == 401, "it is refused", KNOWN_S + 1)
+    wait_until(lambda: ask(echo_stack, key["key"]).status == 401, "it is refused", KNOWN_S + 10)
     error = ask(echo_stack, key["key"]).error()
     assert error["code"] == "invalid_api_key"
     assert "revoked" in error["message"]
@@ -165,7 +165,7 @@ def test_a_key_answers_for_its_life(echo_stack: Stack) -> None:
 
 def test_an_expired_key_is_refused_with_its_date(echo_stack: Stack) -> None:
     key = echo_stack.make_key("--expires", "1s")
-    wait_until(lambda: ask(echo_stack, key).status == 401, "its time is over", 3)
+    wait_until(lambda: ask(echo_stack, key).status == 401, "its time is over")
     reply = ask(echo_stack, key)
     assert reply.headers["www-authenticate"] == "Bearer"
     assert "expired at 20" in reply.error()["message"]

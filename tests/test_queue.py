@@ -399,7 +399,7 @@ async def test_at_maxmemory_new_jobs_are_refused_and_running_ones_drain(redis: "
 async def test_an_idle_worker_is_woken_by_a_new_job(redis: "Redis", blocking_redis: "Redis") -> None:
     waiting = asyncio.create_task(Queue(blocking_redis).wait(MODEL, 30))
     await enqueue(Queue(redis))
-    await asyncio.wait_for(waiting, 5)
+    await asyncio.wait_for(waiting, 20)
 
 
 async def test_a_burst_larger_than_the_connection_pool_waits_its_turn(

@@ -63,7 +63,7 @@ def test_a_client_that_leaves_the_queue_cancels_its_job(stack: Stack, stream: bo
     connection.send({**LONG, "stream": stream})
     wait_until(lambda: stack.live("echo") == 1, "the job is queued")
     connection.close()
-    wait_until(lambda: stack.live("echo") == 0, "the job is cancelled", timeout_s=3)
+    wait_until(lambda: stack.live("echo") == 0, "the job is cancelled")
     assert stack.redis.zcard(keys.model_keys("echo").waiting("hi")) == 0
     worker.signal(signal.SIGCONT)
     assert post(stack.port, {**LONG, "max_tokens": 1}).status == 200
@@ -109,7 +109,7 @@ def test_an_api_server_that_may_not_wait_leaves_its_clients_the_time_to_come_bac
     wait_until(lambda: stack.running("echo") == 1, "the job runs")
     assert api.stop() == 0
     assert stack.running("echo") == 1
-    wait_until(lambda: stack.running("echo") == 0, "the slot is free", timeout_s=25)
+    wait_until(lambda: stack.running("echo") == 0, "the slot is free", timeout_s=60)
 
 
 def test_two_workers_share_the_queue(stack: Stack) -> None:

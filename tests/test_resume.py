@@ -100,7 +100,7 @@ def test_cancelling_a_job_ends_its_stream_and_a_second_time_changes_nothing(stac
     assert (reply.status, reply.json()["state"]) == (200, "cancelled")
     last = json.loads(list(connection.events())[-1].removeprefix("data: "))
     assert last["error"]["code"] == "cancelled"
-    wait_until(lambda: stack.running("echo") == 0, "the slot is free", timeout_s=2)
+    wait_until(lambda: stack.running("echo") == 0, "the slot is free")
     assert post(stack.port, {}, path=f"/v1/jobs/{job_id}/cancel").json()["state"] == "cancelled"
 
 

@@ -174,7 +174,7 @@ def test_an_orphaned_embedded_server_is_ended_by_the_next_up(ups: list[Up], fold
     with orphan.client() as client:
         client.set("kept", "yes")
     up = start(ups, folder, *ECHO).ready()
-    assert orphan.process.wait(10) == 0
+    assert orphan.process.wait(30) == 0
     with sync_redis.Redis.from_url(f"unix://{up.state_dir}/redis.sock", decode_responses=True) as client:
         assert client.get("kept") == "yes", "its data is taken over"
 
@@ -318,7 +318,7 @@ def test_redis_commands_reach_the_server_of_the_state_directory(ups: list[Up], f
         up.client().chat.completions.create(model="echo", messages=[{"role": "user", "content": "seen"}])
         assert any(b"seen" in out.readline() for _ in range(8))
     watching.send_signal(signal.SIGINT)
-    watching.wait(10)
+    watching.wait(30)
     ran = subprocess.run(command, input="GET nothing\nexit\n", capture_output=True, text=True, env=environment)
     assert "(nil)" in ran.stdout
 

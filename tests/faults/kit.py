@@ -3,9 +3,7 @@
 import itertools
 import json
 import os
-import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -15,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from fastchat_q import keys, scripts
+from tests.servers import TOOLS
 from tests.stack import Stack, wait_until
 from tests.streams import LONG, block_text, resume, start_stream
 
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 CLOCK = """
 import time
 from time import time as now, time_ns as now_ns
@@ -123,23 +121,13 @@ def skewed(folder: Path, offset_s: int) -> dict[str, str]:
     return {"PYTHONPATH": str(place)}
 
 
-def faketime_library() -> Path | None:
-    """libfaketime, where the machine has it."""
-    found = [FAKETIME, *Path("/usr").glob("lib*/**/faketime/libfaketime.so.1")] if shutil.which("faketime") else []
-    return next((path for path in found if path.exists()), None)
-
-
-def starts_with(library: Path, program: Path) -> bool:
-    """Whether the program starts with the library preloaded.
-
-    Debian's Redis does not with libfaketime: its allocator asks for the time before it is ready, and libfaketime then
-    asks the allocator for memory.
-    """
-    command, preload = [program, "--version"], {"LD_PRELOAD": str(library)}
-    try:
-        return subprocess.run(command, env={**os.environ, **preload}, capture_output=True, timeout=5).returncode == 0
-    except subprocess.TimeoutExpired:
-        return False
+def faketime_library() -> Path:
+    """libfaketime, installed or as ``.ci/libfaketime`` unpacks it."""
+    name = "faketime/libfaketime.so.1"
+    places = (Path("/usr/lib"), TOOLS / "libfaketime/usr/lib")
+    for path in (found for place in places for found in (*place.glob(name), *place.glob(f"*/{name}"))):
+        return path
+    raise FileNotFoundError("libfaketime is not installed; .ci/libfaketime fetches Debian's")
 
 
 def runs(script: str) -> "_Runs":

@@ -1,8 +1,10 @@
 """A network namespace of the test's own, for partitions that nobody is told of: packets are dropped, both ways.
 
-A pair of virtual interfaces joins it to the machine. Redis gets an address on our end of the pair (CONFIG SET, at run
-time), a process under test runs inside, and `partition` drops Redis' packets inside. The machine's own interfaces and
-firewall are never touched. Needs root, ``ip`` and ``iptables``; `unavailable` says what is missing.
+A pair of virtual interfaces joins it to the machine, with two networks on it: one for Redis, which gets an address on
+our end (CONFIG SET, at run time), and one for all else. A process under test runs inside. `partitioned` gives both ends
+of Redis' network a wrong hardware address for each other: the kernel drops what comes in for somebody else, and neither
+sender is told. The machine's own interfaces and firewall are never touched. Needs root and ``ip``; `unavailable` says
+what is missing.
 """
 
 import itertools
@@ -18,6 +20,7 @@ from tests.stack import RedisServer, free_port
 
 _numbers = itertools.count()
 TRIES = 20
+NOBODY = "02:00:00:00:00:01"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +28,12 @@ class Namespace:
     """A namespace that is up."""
 
     name: str
-    outside: str
-    """Address of our end of the pair."""
-    inside: str
-    """Address of its end."""
+    links: tuple[str, str]
+    """The interfaces: ours, and the one inside."""
+    redis: tuple[str, str]
+    """The addresses of Redis' network: ours, and the one inside."""
+    address: str
+    """Where processes inside are reached, partition or not."""
 
     @property
     def prefix(self) -> tuple[str, ...]:
@@ -37,24 +42,26 @@ class Namespace:
 
     def serve_redis(self, server: RedisServer) -> str:
         """Makes a server listen on our end too, and returns its URL for processes inside."""
-        port = free_port()
+        port = server.port or free_port()
         with server.client() as client:
             client.config_set("protected-mode", "no")  # only this machine and the namespace reach the address
-            client.config_set("bind", self.outside)
-            client.config_set("port", port)
-        return f"redis://{self.outside}:{port}/0"
+            client.config_set("bind", f"127.0.0.1 {self.redis[0]}")
+            if not server.port:
+                client.config_set("port", port)
+        return f"redis://{self.redis[0]}:{port}/0"
 
     @contextmanager
-    def partitioned(self, url: str) -> Iterator[None]:
+    def partitioned(self) -> Iterator[None]:
         """Drops all packets from and to the Redis of `serve_redis`, silently."""
-        port = url.rpartition(":")[2].partition("/")[0]
-        rules = [("INPUT", "--sport", port), ("OUTPUT", "--dport", port)]
+        (ours, theirs), (outside, inside) = self.links, self.redis
+        ends = (("ip", "neighbour"), inside, ours), (("ip", "-n", self.name, "neighbour"), outside, theirs)
         try:
-            for chain, which, number in rules:
-                _run(*self.prefix, "iptables", "-A", chain, "-p", "tcp", which, number, "-j", "DROP")
+            for command, address, link in ends:
+                _run(*command, "replace", address, "lladdr", NOBODY, "dev", link, "nud", "permanent")
             yield
         finally:
-            _run(*self.prefix, "iptables", "-F")
+            for command, address, link in ends:
+                _run(*command, "delete", address, "dev", link)
 
 
 @contextmanager
@@ -65,13 +72,11 @@ def namespace() -> Iterator[Namespace]:
     _run("ip", "netns", "add", name)
     try:
         _run("ip", "link", "add", ours, "type", "veth", "peer", "name", theirs, "netns", name)
-        outside, inside = _addresses()
-        _run("ip", "address", "add", f"{outside}/30", "dev", ours)
         _run("ip", "link", "set", ours, "up")
-        _run("ip", "-n", name, "address", "add", f"{inside}/30", "dev", theirs)
         _run("ip", "-n", name, "link", "set", theirs, "up")
         _run("ip", "-n", name, "link", "set", "lo", "up")
-        yield Namespace(name, outside, inside)
+        redis, (_, address) = (_add_network(name, ours, theirs) for _ in range(2))
+        yield Namespace(name, (ours, theirs), redis, address)
     finally:
         subprocess.run(["ip", "link", "delete", ours], capture_output=True, check=False)  # takes its peer along
         _run("ip", "netns", "delete", name)
@@ -81,11 +86,19 @@ def namespace() -> Iterator[Namespace]:
 def unavailable() -> str | None:
     """Why there are no namespaces here; None: there are. Found by making one."""
     try:
-        with namespace() as space:
-            _run(*space.prefix, "iptables", "-L", "-n")
+        with namespace() as space, space.partitioned():
+            pass
     except (OSError, RuntimeError) as error:
-        return f"network namespaces need root, ip and iptables: {error}"
+        return f"network namespaces need root and ip: {error}"
     return None
+
+
+def _add_network(name: str, ours: str, theirs: str) -> tuple[str, str]:
+    """Gives both ends of a pair an address in a network of their own: (ours, theirs)."""
+    outside, inside = _addresses()
+    _run("ip", "address", "add", f"{outside}/30", "dev", ours)
+    _run("ip", "-n", name, "address", "add", f"{inside}/30", "dev", theirs)
+    return outside, inside
 
 
 def _addresses() -> tuple[str, str]:

@@ -9,7 +9,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from tests.stack import RedisServer
+from tests.servers import RedisServer, pings, wait_until
 
 from .proxy import FaultProxy, fault_proxy
 from .resp import frame_end
@@ -25,8 +25,8 @@ def proxy(redis_server: RedisServer) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def client(proxy: FaultProxy) -> Iterator["redis.Redis"]:
-    """A client that sends nothing twice and waits half a second."""
-    with redis.Redis(port=proxy.port, socket_timeout=0.5, retry=Retry(NoBackoff(), 0), decode_responses=True) as one:
+    """A client that sends nothing twice and waits two seconds."""
+    with redis.Redis(port=proxy.port, socket_timeout=2, retry=Retry(NoBackoff(), 0), decode_responses=True) as one:
         one.flushall()
         yield one
 
@@ -56,7 +56,7 @@ def test_a_lost_reply_leaves_its_command_executed_and_the_rest_of_the_pipeline_u
     with pytest.raises(redis.ConnectionError):
         pipe.execute()
     assert loss.happened.is_set()
-    assert client.mget("first", "second") == ["1", "1"]
+    assert [client.get(name) for name in ("first", "second")] == ["1", "1"]
     assert client.incr("second") == 2, "one reply, not all"
 
 
@@ -94,7 +94,7 @@ def test_cut_closes_what_is_open_and_serves_what_comes(proxy: FaultProxy, client
         before = proxy.connections
         assert proxy.cut() >= 1
         assert old.recv(100) == b""
-    assert client.ping()
+    wait_until(lambda: pings(client), "its old connection is closed too, and a new one serves it")
     assert proxy.connections == before + 1
 
 
@@ -111,5 +111,5 @@ def test_latency_and_bandwidth_are_switched_on_open_connections(proxy: FaultProx
     proxy.to_server.latency_s, proxy.to_client.bytes_per_s = 0.0, 8000.0
     assert took_s() >= 0.2
     proxy.to_client.bytes_per_s = None
-    assert took_s() < 0.2
+    assert min(took_s() for _ in range(5)) < 0.2
     assert proxy.to_client.carried > 4000

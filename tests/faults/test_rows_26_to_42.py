@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -20,15 +21,25 @@ from .kit import Recorder, assert_log_is, assert_queue_is_clean, frozen
 
 SLOW_US = 20_000
 MANY = 20_000
+CALLS = 100_000
 
 
-def slow_calls(stack: Stack) -> list[Any]:
-    """Commands that blocked Redis for longer than 20 ms; one such may be the machine's, which may stop a process."""
-    return [entry for entry in stack.redis.slowlog_get(1000) if entry["duration"] > SLOW_US]
+def slow_calls(stack: Stack) -> dict[bytes, float]:
+    """Commands and scripts that block Redis for longer than 20 ms as a rule: now and then the machine stops a process.
+
+    What was called once or twice has no rule.
+    """
+    took: dict[bytes, list[int]] = {}
+    for entry in stack.redis.slowlog_get(CALLS):
+        took.setdefault(b" ".join(entry["command"].split()[:2]), []).append(entry["duration"])
+    medians = {call: statistics.median(times) for call, times in took.items() if len(times) >= 3}
+    assert any(call.startswith(b"EVALSHA") for call in medians), "something is measured"
+    return {call: median for call, median in medians.items() if median > SLOW_US}
 
 
-def watch_slow_calls(stack: Stack) -> None:
-    stack.redis.config_set("slowlog-log-slower-than", SLOW_US)
+def watch_calls(stack: Stack) -> None:
+    stack.redis.config_set("slowlog-max-len", CALLS)
+    stack.redis.config_set("slowlog-log-slower-than", 0)
     stack.redis.slowlog_reset()
 
 
@@ -38,7 +49,7 @@ def question(text: str) -> dict[str, Any]:
 
 def test_row_26_a_body_of_8_mb_is_413_and_one_of_1_mb_does_not_hold_redis_up(stack: Stack) -> None:
     echo_worker(stack)
-    watch_slow_calls(stack)
+    watch_calls(stack)
     raw = json.dumps(question("x" * 8_000_000)).encode()
     chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(raw), raw)
     unsized = post(stack.port, chunks, headers={"content-length": None, "transfer-encoding": "chunked"})
@@ -50,7 +61,7 @@ def test_row_26_a_body_of_8_mb_is_413_and_one_of_1_mb_does_not_hold_redis_up(sta
     assert 1024 * 1024 - 1000 < len(json.dumps(body)) <= 1024 * 1024
     for _ in range(10):
         assert post(stack.port, body).status == 200
-    assert len(slow_calls(stack)) <= 1
+    assert slow_calls(stack) == {}
 
 
 def test_row_27_foreign_entries_and_broken_records_are_dropped_and_the_worker_lives(stack: Stack) -> None:
@@ -204,7 +215,7 @@ async def test_row_42_with_very_many_live_jobs_no_script_holds_redis_up(stack: S
     """20 000 live jobs, 2 000 of them running with a lease that is over."""
     redis = connect(stack.server.url)
     queue, names = Queue(redis), keys.model_keys("many")
-    watch_slow_calls(stack)
+    watch_calls(stack)
 
     async def submit(first: int) -> None:
         for number in range(first, first + MANY // 16):
@@ -225,7 +236,8 @@ async def test_row_42_with_very_many_live_jobs_no_script_holds_redis_up(stack: S
         assert done <= REAP_LIMIT
         reaped += done
     assert reaped == len(claimed)
-    assert len((await take("w-2")).claims) == 64
-    await queue.cancel("many", f"J{MANY - 1:025}", "test")
-    assert len(slow_calls(stack)) <= 1, slow_calls(stack)
+    for last in range(MANY - 5, MANY):
+        assert len((await take(f"w-{last}")).claims) == 64
+        await queue.cancel("many", f"J{last:025}", "test")
+    assert slow_calls(stack) == {}
     await redis.aclose()

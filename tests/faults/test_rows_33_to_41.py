@@ -13,7 +13,7 @@ from tests.http_client import Reply, get, post
 from tests.stack import Process, Stack, free_port, wait_until
 from tests.streams import LONG, WORDS, echo_worker, second_api
 
-from .kit import Recorder, assert_queue_is_clean
+from .kit import Recorder, assert_queue_is_clean, frozen
 
 NAMES = keys.model_keys("echo")
 FLEX = {**LONG, "service_tier": "flex", "max_tokens": 5}
@@ -41,7 +41,7 @@ def test_row_33_without_a_worker_a_batch_job_waits_for_one(stack: Stack) -> None
     thread, box = post_in_background(stack.port)
     wait_until(lambda: stack.live("echo") == 1, "it is queued")
     echo_worker(stack)
-    thread.join(20)
+    thread.join(30)
     assert box[0].json()["choices"][0]["message"]["content"].split() == WORDS[:5]
 
 
@@ -71,10 +71,11 @@ def test_row_35_recovery_does_not_need_the_orchestrator_and_it_comes_back_after_
 
 def start_orchestrator(stack: Stack) -> Process:
     """Running its ticks when this returns."""
-    started = stack.redis.get(keys.ORCHESTRATOR_HEALTH)
-    stack.redis.delete(keys.ORCHESTRATOR_HEALTH)
-    orchestrator = stack.start("orchestrator", "orchestrator")
-    wait_until(lambda: stack.redis.get(keys.ORCHESTRATOR_HEALTH) not in (None, started), "it says that it is well", 60)
+    with stack.server.orchestrator_client() as redis:
+        started = redis.get(keys.ORCHESTRATOR_HEALTH)
+        redis.delete(keys.ORCHESTRATOR_HEALTH)
+        orchestrator = stack.start("orchestrator", "orchestrator")
+        wait_until(lambda: redis.get(keys.ORCHESTRATOR_HEALTH) not in (None, started), "it says that it is well", 60)
     return orchestrator
 
 
@@ -101,7 +102,7 @@ def test_row_39_two_versions_of_the_scripts_serve_one_queue(stack: Stack) -> Non
 
 
 def test_row_41_a_noisy_tenant_makes_nobody_wait_behind_its_queue(stack: Stack) -> None:
-    echo_worker(stack, "--slots", "4")
+    worker = echo_worker(stack, "--slots", "4")
 
     async def flood() -> None:
         redis = connect(stack.server.url)
@@ -117,7 +118,8 @@ def test_row_41_a_noisy_tenant_makes_nobody_wait_behind_its_queue(stack: Stack) 
             await queue.enqueue(job, Terms(tenant=tenant, detached=True))
         await redis.aclose()
 
-    asyncio.run(flood())
+    with frozen(worker.pid):
+        asyncio.run(flood())
     counters = (NAMES.queued, NAMES.running)
     wait_until(lambda: not any(stack.redis.hexists(name, "quiet") for name in counters), "the quiet one is served")
     assert int(stack.redis.hget(NAMES.queued, "noisy") or 0) > 400, "long before the noisy one is"

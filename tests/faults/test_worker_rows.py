@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from fastchat_q import keys
 from fastchat_q.jobs import Job, Message
-from fastchat_q.queue import Queue, Terms
+from fastchat_q.queue import LEASE_MS, Queue, Terms
 from tests.faulty_worker import FORGET, HANG, LARGE, POISON
 from tests.http_client import get, post
 from tests.stack import Process, RedisServer, Stack, wait_until
@@ -79,7 +79,14 @@ def crashed(server: RedisServer) -> list[str]:
     return [entry["reason"] for entry in worker_states(server) if entry.get("state") == "crashed"]
 
 
-def test_row_01_the_job_of_a_killed_engine_is_handed_back_within_a_second_and_its_stream_goes_on(stack: Stack) -> None:
+def seen_crashed(server: RedisServer, timeout_s: float = 30.0) -> list[str]:
+    """The reasons as soon as there are some: the next process takes them away again."""
+    seen: list[str] = []
+    wait_until(lambda: seen.extend(crashed(server)) or seen, "it says that it crashed", timeout_s)
+    return seen
+
+
+def test_row_01_the_job_of_a_killed_engine_is_handed_back_long_before_its_lease_is_over(stack: Stack) -> None:
     worker = echo_worker(stack, supervised=True)
     engine = stack.engine_pid(worker)
     stream = start_stream(stack.port, LONG)
@@ -93,7 +100,7 @@ def test_row_01_the_job_of_a_killed_engine_is_handed_back_within_a_second_and_it
     wait_until(lambda: stack.redis.hget(name, "e1"), "the job is handed back")
     at, _, how = stack.redis.hget(name, "e1").partition(" ")
     assert how == "killed by SIGKILL (out of memory?)"
-    assert int(at) - killed_ms < 1500
+    assert int(at) - killed_ms < LEASE_MS / 2
     text += "".join(pieces)
     assert text.split() == WORDS
     assert stack.redis.hget(name, "deaths") == "1"
@@ -149,8 +156,7 @@ async def test_row_30_an_engine_that_the_kernel_kills_is_said_to_have_crashed_an
         serving = {e["pid"] for e in worker_states(redis_server) if e.get("state") == "serving"}
         [pid] = serving
         os.kill(int(pid), signal.SIGKILL)  # as the kernel's out-of-memory killer does
-        wait_until(lambda: crashed(redis_server), "it says that it crashed")
-        assert crashed(redis_server) == ["killed by SIGKILL (out of memory?)"]
+        assert seen_crashed(redis_server) == ["killed by SIGKILL (out of memory?)"]
         wait_until(lambda: any(e.get("state") == "serving" for e in worker_states(redis_server)), "it serves again")
         wait_until(lambda: not crashed(redis_server), f"that is over, {kills}")
     assert worker.stop() == 0
@@ -165,8 +171,7 @@ async def test_row_04_a_process_that_hangs_as_a_whole_is_ended_by_its_supervisor
     wait_until(lambda: any(e.get("state") == "serving" for e in worker_states(redis_server)), "it serves")
     [entry] = [e for e in worker_states(redis_server) if e.get("state") == "serving"]
     os.kill(int(entry["pid"]), signal.SIGSTOP)
-    wait_until(lambda: crashed(redis_server), "it is ended", 40)
-    assert crashed(redis_server) == ["no heartbeat for 2 s"]
+    assert seen_crashed(redis_server, 60) == ["no heartbeat for 2 s"]
     wait_until(lambda: any(e.get("state") == "serving" for e in worker_states(redis_server)), "the next one serves")
 
 
