@@ -80,6 +80,22 @@ async def read(redis: "Redis", model: str, job_id: str, after: int = 0) -> list[
     return [entry_to_delta(entry_id, fields) for entry_id, fields in entries]
 
 
+async def read_claimed(redis: "Redis", model: str, claim: Claim) -> list[Delta] | None:
+    """The whole log behind a claim; None: this server knows nothing of the claim.
+
+    Then somebody else has the job by now, or a failover is under way and the server is not the one that gave the claim:
+    what its log holds says nothing.
+    """
+    names = keys.model_keys(model)
+    pipe = redis.pipeline(transaction=False)
+    pipe.hget(names.job(claim.job_id), "fence")
+    pipe.xrange(names.log(claim.job_id))
+    fence, entries = await pipe.execute()
+    if fence is None or fence.decode() != claim.fence:
+        return None
+    return [entry_to_delta(entry_id, fields) for entry_id, fields in entries]
+
+
 def entry_to_delta(entry_id: bytes, fields: dict[bytes, bytes]) -> Delta:
     """A log entry as XRANGE returns it."""
     return decode_delta(int(entry_id.partition(b"-")[2]), int(fields[b"k"]), fields[b"d"])

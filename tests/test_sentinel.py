@@ -52,7 +52,7 @@ class Replicated:
 
     def admin(self, port: int) -> "sync_redis.Redis":
         """A client of one server or sentinel. A sentinel that promotes or demotes a server cuts its clients off."""
-        again, cut = Retry(ConstantBackoff(0.1), 3), [sync_redis.ConnectionError]
+        again, cut = Retry(ConstantBackoff(0.1), 50), [sync_redis.ConnectionError]
         return sync_redis.Redis(port=port, decode_responses=True, socket_timeout=5, retry=again, retry_on_error=cut)
 
     def client(self) -> "sync_redis.Redis":

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fastchat_q.workers import worker as worker_module
 from fastchat_q.workers.active import Links
 from fastchat_q.workers.engines.base import Output
 from fastchat_q.workers.engines.echo import EchoEngine
@@ -21,7 +22,7 @@ from fastchat_q.connection import connect
 from fastchat_q.events import Delta
 from fastchat_q.jobs import Job, Message
 from fastchat_q.queue import LEASE_MS, Claim, Queue, Terms
-from fastchat_q.tokens import read
+from fastchat_q.tokens import Chunk, append, read, read_claimed
 
 from .servers import RedisServer, wait_until
 
@@ -112,6 +113,28 @@ async def test_output_of_a_claim_that_is_gone_is_not_taken_for_the_next_ones(red
         await until(claimed, "it runs")
         worker._on_outputs([Output("J1 0-stale", (999,), "stale")])
         await ended(redis)
+    assert_whole(await read(redis, "echo", "J1"))
+
+
+async def test_a_log_that_is_read_where_the_claim_is_not_known_says_nothing_of_the_job(
+    redis: "Redis", links: Links, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a failover: the claim is from the new master, and the log is read from the old one."""
+    asked: list[Claim] = []
+
+    async def read_elsewhere(redis: "Redis", model: str, claim: Claim) -> list[Delta] | None:
+        asked.append(claim)
+        return await read_claimed(redis, model, replace(claim, fence="1-another") if len(asked) == 1 else claim)
+
+    monkeypatch.setattr(worker_module, "read_claimed", read_elsewhere)
+    await enqueue(redis, job())
+    [held] = await claim(redis, "w-before", 1)
+    await append(redis, "echo", [Chunk(held, 2, (0, 1), "w0 w1")])
+    await Queue(redis).release("echo", [held])
+    async with running(links, EchoEngine("echo", 4, 0.002)):
+        await ended(redis)
+    assert len(asked) == 2
+    assert await redis.hmget(NAMES.job("J1"), "state", "attempt", "deaths") == [b"succeeded", b"3", b"0"]  # type: ignore[misc]
     assert_whole(await read(redis, "echo", "J1"))
 
 

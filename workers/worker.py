@@ -19,7 +19,7 @@ from fastchat_q.loops import AWAY, PreemptedError, check_cancelled, every, liste
 from fastchat_q.queue import LEASE_MS, REAP_S, RECONCILE_S, Claim, Finish, Queue
 from fastchat_q.registry import HEARTBEAT_S, Registration, Registry, process_id
 from fastchat_q.sentinel import FOLLOW_S, follow_master
-from fastchat_q.tokens import read
+from fastchat_q.tokens import read_claimed
 
 from .active import Active, Links
 from .claimer import Claimer
@@ -163,7 +163,11 @@ class Worker:
             job = Job.from_spec(claim.spec)
             prior: tuple[int, ...] = ()
             if claim.n:
-                deltas = await read(self._links.commands, self._model, claim.job_id)
+                deltas = await read_claimed(self._links.commands, self._model, claim)
+                if deltas is None:
+                    log.warning("the claim is not known where its log is", job=claim.job_id)
+                    self._hand_back(claim)
+                    return
                 prior = tuple(token for delta in deltas for token in delta.ids)
                 if len(prior) != claim.n:
                     raise JobFailedError(
@@ -174,13 +178,17 @@ class Worker:
             self._end(active, (), "", Ended(error=error))
         except TRANSIENT as error:  # it cannot be begun now
             log.warning("could not read the log", job=claim.job_id, error=str(error))
-            self._lost(claim)
-            self._claimer.doubt("log not read")
+            self._hand_back(claim)
         except (KeyError, TypeError, ValueError, RedisError) as error:  # somebody else wrote into its log, or over it
             damaged = JobFailedError(f"The token log is damaged: {error!r}.", code="log_incomplete")
             self._end(active, (), "", Ended(error=damaged))
         else:
             self._engine.submit(Request(job, active.ticket, prior))
+
+    def _hand_back(self, claim: Claim) -> None:
+        """It cannot be begun here and now: that is nobody's fault."""
+        self._lost(claim)
+        self._claimer.doubt("log not read")
 
     def _hand_over(self, loop: asyncio.AbstractEventLoop, outputs: list[Output]) -> None:
         """On the engine's thread: passes a step's outputs on, and waits when the loop is far behind."""
