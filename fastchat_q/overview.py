@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from . import keys
 from .choices import JobFilter
 from .events import TERMINAL_STATES
-from .queue import eta_s
+from .queue import eta_s, position
 from .records import JobRecord, Place, Standing, iso, milliseconds, number, read_records, text
 from .registry import Registration, Registry, capacity_of
 
@@ -211,10 +211,8 @@ async def _places(
     if None in standings:
         sources.append((names.lease, lambda _rank, _score: Place()))
     if "line" in standings:
-        before = 0
-        for lane in ("sus", "hi", "lo"):
-            sources.append((names.waiting(lane), _in_line(before)))
-            before = await redis.zcard(names.waiting("hi")) if lane == "hi" else 0
+        interactive = await redis.zcard(names.waiting("hi"))
+        sources += [(names.waiting(lane), _in_line(lane, interactive)) for lane in ("sus", "hi", "lo")]
     if "delayed" in standings:
         sources.append((names.delay, lambda _rank, score: Place("delayed", retry_at_ms=int(score))))
     if "parked" in standings:
@@ -227,5 +225,5 @@ async def _places(
             start += SLICE
 
 
-def _in_line(before: int) -> Callable[[int, float], Place]:
-    return lambda rank, _score: Place("line", before + rank + 1)
+def _in_line(lane: str, interactive: int) -> Callable[[int, float], Place]:
+    return lambda rank, _score: Place("line", position(lane, rank, interactive))

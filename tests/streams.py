@@ -35,6 +35,24 @@ def start_stream(port: int, body: dict[str, Any] = LONG, **headers: str) -> Conn
     return connection
 
 
+def open_stream(port: int, body: dict[str, Any] = LONG, **headers: str) -> tuple[Connection, str]:
+    """A stream and its public job id."""
+    connection = start_stream(port, body, **headers)
+    status, head = connection.head()
+    assert status == 200, head
+    return connection, head["x-job-id"]
+
+
+def events_until(connection: Connection, last: int) -> list[str]:
+    """The data of events up to the one with this id or a later one."""
+    blocks = []
+    for block in connection.events():
+        blocks.append(block)
+        if connection.ids and connection.ids[-1] >= last:
+            break
+    return blocks
+
+
 def resume(port: int, public_id: str, after: int | str | None) -> Connection:
     """Asks for a job's events behind the one with this id (None: for all). The head is still to be read."""
     connection = Connection(port)

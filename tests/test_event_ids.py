@@ -17,7 +17,7 @@ from fastchat_q.tokens import Chunk, append
 
 from .http_client import Connection, Reply, get
 from .stack import Stack, wait_until
-from .test_resume import echo_worker, events_until, open_stream, resume, text_of
+from .streams import echo_worker, events_until, open_stream, resume, text_of
 
 MODEL = "solo"
 NAMES = keys.model_keys(MODEL)

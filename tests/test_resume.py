@@ -1,7 +1,6 @@
 """Clients that were cut off go on where they were: on any server, after a restart, by event id or idempotency key."""
 
 import json
-from typing import Any
 
 import pytest
 from fastchat_q.api.render import ChunkWriter, View
@@ -11,27 +10,20 @@ from openai._streaming import SSEDecoder
 from fastchat_q import keys
 from fastchat_q.events import Delta
 
-from .http_client import Connection, get, post
+from .http_client import get, post
 from .stack import Stack, wait_until
-from .streams import ENDLESS, LONG, WORDS, echo_worker, resume, second_api, start_stream, text_of
-
-
-def open_stream(port: int, body: dict[str, Any] = LONG, **headers: str) -> tuple[Connection, str]:
-    """A stream and its public job id."""
-    connection = start_stream(port, body, **headers)
-    status, head = connection.head()
-    assert status == 200, head
-    return connection, head["x-job-id"]
-
-
-def events_until(connection: Connection, last: int) -> list[str]:
-    """The data of events up to the one with this id or a later one."""
-    blocks = []
-    for block in connection.events():
-        blocks.append(block)
-        if connection.ids and connection.ids[-1] >= last:
-            break
-    return blocks
+from .streams import (
+    ENDLESS,
+    LONG,
+    WORDS,
+    echo_worker,
+    events_until,
+    open_stream,
+    resume,
+    second_api,
+    start_stream,
+    text_of,
+)
 
 
 def test_every_event_has_an_id_and_the_ids_count_tokens(stack: Stack) -> None:

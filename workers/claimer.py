@@ -67,10 +67,8 @@ class Claimer:
 
     async def settle(self) -> None:
         """Hands back what is in doubt; for a worker that claims nothing more."""
-        if self._doubt:
-            why, self._doubt = self._doubt, ""
-            with contextlib.suppress(*AWAY):  # what is left comes back when its lease runs out
-                await self._disown_unknown(why)
+        with contextlib.suppress(*AWAY):  # what is left comes back when its lease runs out
+            await self._disown_unknown()
 
     async def run(self) -> None:
         """Claims until the worker stops."""
@@ -83,9 +81,7 @@ class Claimer:
         while not self._stopping.is_set():
             check_cancelled()
             try:
-                if self._doubt:
-                    why, self._doubt = self._doubt, ""
-                    await self._disown_unknown(why)
+                await self._disown_unknown()
                 self._freed.clear()
                 offer = self._offer()
                 if not offer:
@@ -133,12 +129,15 @@ class Claimer:
         elif hungry:
             await self._or_stopping(self._bell_or_slot() if held_back else self._bell_rings())
 
-    async def _disown_unknown(self, why: str) -> None:
-        """Hands back what a lost reply may have given us, and what we gave up while Redis was away.
+    async def _disown_unknown(self) -> None:
+        """If there is doubt: hands back what a lost reply may have given us, and what we gave up while Redis was away.
 
         Twice, with a pause: a server that was frozen may run the CLAIM that waited on the old connection after the
         first call on the new one.
         """
+        why, self._doubt = self._doubt, ""
+        if not why:
+            return
         for _ in range(2):
             try:
                 back, _ = await self._queue.disown(self._model, self._id, why, crashed=False, known=self._known())
