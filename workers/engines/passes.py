@@ -1,0 +1,210 @@
+"""What a step of the loop asks of a model, and the plainest way to answer it: every row by itself, as `generate` does.
+
+Three ways answer it, from the fastest on: `packed.py`, `dense.py` and `RowByRow` here; `choose.py` finds the fastest that
+is right for a model. Between steps rows reserve and release memory; within a step nothing else happens to them.
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """What a way knows of one sequence that it computes.
+
+    Args:
+        namespace: rows share computed prefixes only with rows of the same one, such as those of one LoRA adapter.
+        inputs: more arguments of the pass that takes in the prompt, which is then taken in whole, such as pixel values.
+    """
+
+    namespace: str = ""
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    length: int = 0
+    """Tokens that are computed: their keys and values, or states, are in memory."""
+    last_id: int = 0
+    """The token that the next decode step feeds."""
+    memory: Any = None
+    """What the way keeps for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next tokens of a row's prompt; ``last``: the logits behind them are wanted."""
+
+    row: Row
+    ids: list[int]
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What goes through the model together, and fails together."""
+
+    decode: list[Row]
+    pieces: list[Piece]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [*self.decode, *(piece.row for piece in self.pieces)]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Logits (rows, vocabulary) float32 for these rows: all that decoded, and those whose prompt ended."""
+
+    rows: list[Row]
+    logits: torch.Tensor
+
+
+class Model:
+    """A causal LM's forward pass with the argument names that this architecture has."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        parameters = inspect.signature(model.forward).parameters
+        self._model = model
+        self._cache_name = "past_key_values" if "past_key_values" in parameters else "cache_params"
+        self._takes_positions = "position_ids" in parameters
+        self._keeps_logits = "logits_to_keep" in parameters
+        self.config = model.config.get_text_config(decoder=True)
+        self.device = model.device
+        self.dtype = model.dtype
+        self.quantized = getattr(model, "quantization_method", None) is not None
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: Cache,
+        mask: torch.Tensor | None = None,
+        keep: torch.Tensor | int = 1,
+        **inputs: Any,
+    ) -> torch.Tensor:
+        """ids and positions (rows, columns) -> logits (rows, kept, vocabulary).
+
+        Args:
+            keep: the columns whose logits are wanted; as a number, so many of the last ones, or 0 for all.
+        """
+        kwargs: dict[str, Any] = {self._cache_name: cache, **inputs}
+        if self._takes_positions:
+            kwargs["position_ids"] = positions
+        if self._keeps_logits:
+            kwargs["logits_to_keep"] = keep
+        logits: torch.Tensor = self._model(input_ids=ids, attention_mask=mask, use_cache=True, **kwargs).logits
+        if self._keeps_logits:
+            return logits
+        return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache with the kinds of layer that this architecture wants."""
+        return DynamicCache(config=self.config)
+
+    def extend(self, cache: Cache, past: int, ids: list[int], **inputs: Any) -> torch.Tensor:
+        """Feeds the next tokens of one row -> logits (1, vocabulary) of the last one, float32."""
+        columns = torch.tensor([ids], device=self.device)
+        positions = torch.arange(past, past + len(ids), device=self.device)[None]
+        return self(columns, positions, cache, **inputs)[:, -1].float()
+
+
+class Way(ABC):
+    """How the rows of a step go through the model."""
+
+    repeatable: bool
+    """A pass that failed leaves its rows as they were, so that it can be tried again in smaller parts."""
+    splits_prompts: bool
+    """A prompt may be taken in piece by piece."""
+    shares_prefixes: bool
+    """`load_prefix` and `save_prefix` do something."""
+
+    def __init__(self, model: Model, budget: int) -> None:
+        self.model = model
+        self.budget = budget
+        """Columns (tokens) that all rows together may take."""
+
+    @abstractmethod
+    def parts(self, decode: list[Row], pieces: list[Piece]) -> list[Part]:
+        """Splits a step into what goes through the model together."""
+
+    @abstractmethod
+    def run(self, part: Part) -> Result:
+        """One forward pass. The lengths of its rows have grown by their tokens afterwards."""
+
+    @abstractmethod
+    def reserve(self, row: Row, columns: int, *, prompt: bool = False) -> bool:
+        """Makes sure that a row has room for so many columns; False: there is none at present.
+
+        Args:
+            prompt: for a prompt that is not taken in whole by the next step.
+        """
+
+    @abstractmethod
+    def release(self, row: Row) -> None:
+        """Frees what a row has; it starts over if it comes again."""
+
+    @abstractmethod
+    def fork(self, row: Row, copy: Row) -> bool:
+        """Gives ``copy`` the memory of a row whose prompt is in; False: there is no room."""
+
+    def reset(self) -> None:
+        """Gives back all memory that can be given back."""
+
+    def load_prefix(self, row: Row, ids: list[int]) -> int:
+        """Fills a row that has reserved room with a computed prefix of these tokens; returns how many."""
+        return 0
+
+    def save_prefix(self, row: Row, ids: list[int]) -> None:
+        """Keeps the computed keys and values of these first tokens of a row."""
+
+
+class RowByRow(Way):
+    """A cache for each row, and a forward pass for each row of a step: right for whatever a model keeps in its cache."""
+
+    repeatable = False
+    splits_prompts = False
+    shares_prefixes = False
+
+    def __init__(self, model: Model, budget: int) -> None:
+        super().__init__(model, budget)
+        self._taken = 0
+
+    def parts(self, decode: list[Row], pieces: list[Piece]) -> list[Part]:
+        return [Part([row], []) for row in decode] + [Part([], [piece]) for piece in pieces]
+
+    def run(self, part: Part) -> Result:
+        [row] = part.rows
+        ids = part.pieces[0].ids if part.pieces else [row.last_id]
+        kept: _Kept = row.memory
+        inputs = row.inputs if part.pieces else {}
+        logits = self.model.extend(kept.cache, row.length, ids, **inputs)
+        row.length += len(ids)
+        return Result([row], logits)
+
+    def reserve(self, row: Row, columns: int, *, prompt: bool = False) -> bool:
+        if row.memory is None:
+            row.memory = _Kept(self.model.new_cache(), 0)
+        if columns > row.memory.columns:
+            if self._taken + columns - row.memory.columns > self.budget:
+                if row.memory.columns == 0:
+                    row.memory = None
+                return False
+            self._taken += columns - row.memory.columns
+            row.memory.columns = columns
+        return True
+
+    def release(self, row: Row) -> None:
+        if row.memory is not None:
+            self._taken -= row.memory.columns
+        row.memory, row.length = None, 0
+
+    def fork(self, row: Row, copy: Row) -> bool:
+        return False  # a cache of any kind has no copy: it takes the prompt in by itself
+
+
+@dataclass(slots=True)
+class _Kept:
+    cache: DynamicCache
+    columns: int
