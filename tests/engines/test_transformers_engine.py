@@ -124,27 +124,6 @@ def reciting(tokenizer: PreTrainedTokenizerBase) -> Loaded:
 # ---- as generate does
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_greedy_answers_equal_generate_while_others_join_and_leave(
-    drive: Drive, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    model = random_model(name)
-    jobs = [job(f"j{i}", question(i), max_tokens=1 + i * 5 % 23) for i in range(12)]
-    expected = [generated(model, prompt_ids(tokenizer, question(i)), 1 + i * 5 % 23) for i in range(12)]
-    driver = drive(TransformersEngine("m", 4, loaded(model, tokenizer)))  # more requests than slots: no row is lost
-    forwards = watch(model, monkeypatch)
-    driver.submit(*jobs[:3])
-    driver.wait_tokens("j2", 5)
-    driver.submit(*jobs[3:5])
-    driver.wait("j0", "j1")
-    driver.submit(*jobs[5:])
-    answers = driver.wait(*(one.id for one in jobs))
-    assert [answer.ids for answer in answers] == expected
-    assert {answer.finish_reason for answer in answers} == {"length"}
-    assert max(forwards.decode_rows) == 1 if name in ONE_ROW_EACH else max(forwards.decode_rows) > 4
-    assert len({token for ids in expected for token in ids}) > 10, "a model that repeats itself would prove little"
-
-
 def test_the_built_in_model_answers_as_generate_does(drive: Drive, tiny: Loaded) -> None:
     driver = drive(TransformersEngine("tiny", 16, tiny))
     answers = driver.run(*(job(f"j{i}", question(i), max_tokens=40) for i in range(10)))

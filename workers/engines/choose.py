@@ -1,5 +1,7 @@
 """Finds the fastest way that is right for a model, by what its layers keep and by trying it before anything is served."""
 
+from dataclasses import replace
+
 import structlog
 import torch
 from transformers import DynamicCache
@@ -8,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 from .dense import Dense
 from .kv import LayerShape, Shapes
 from .packed import Packed
-from .passes import Model, Part, Piece, Row, RowByRow, Way
+from .passes import Model, Part, Piece, Room, Row, RowByRow, Way
 
 log = structlog.get_logger()
 
@@ -29,23 +31,24 @@ def choose_way(model: Model, kv_bytes: int) -> Way:
     cache = DynamicCache(config=model.config)
     model.extend(cache, 0, [1, 1, 1, 1])
     shapes, fixed = _shapes(cache), _state_bytes(cache)
-    per_column = sum(shape.bytes_per_column for shape in shapes if shape is not None) or max(fixed, 1)
+    room = Room(kv_bytes, sum(shape.bytes_per_column for shape in shapes if shape is not None), fixed)
     kinds = {type(layer) for layer in cache.layers}
     config_kinds = set(getattr(model.config, "layer_types", None) or ())
     plain = kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and "chunked_attention" not in config_kinds
     plain = plain and getattr(model.config, "attention_chunk_size", None) is None
-    columns, kept = kv_bytes // per_column, int(kv_bytes * PREFIX_SHARE)
+    trial = replace(room, total=room.per_row * len(TRIAL) + max(room.per_column, 1) * TRIAL_COLUMNS)
     if plain:
-        wrong = _try(Packed(model, TRIAL_COLUMNS, shapes))
+        wrong = _try(Packed(model, trial, shapes))
         if not wrong:
-            return Packed(model, (kv_bytes - kept) // per_column, shapes, kept)
+            kept = int(kv_bytes * PREFIX_SHARE)
+            return Packed(model, replace(room, total=kv_bytes - kept), shapes, kept)
         log.info("way not taken", way="packed", model=type(model.config).__name__, why=wrong)
     if kinds <= {DynamicLayer, LinearAttentionLayer}:
-        wrong = _try(Dense(model, TRIAL_COLUMNS, shapes))
+        wrong = _try(Dense(model, trial, shapes))
         if not wrong:
-            return Dense(model, columns, shapes)
+            return Dense(model, room, shapes)
         log.info("way not taken", way="dense", model=type(model.config).__name__, why=wrong)
-    return RowByRow(model, columns)
+    return RowByRow(model, room)
 
 
 def _shapes(cache: DynamicCache) -> Shapes:

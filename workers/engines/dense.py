@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from .kv import Place, Shapes, Slab, copy_row
-from .passes import Model, Part, Piece, Result, Row, Way
+from .passes import Model, Part, Piece, Result, Room, Row, Way
 
 STATES = ("conv_states", "recurrent_states")
 
@@ -22,8 +22,9 @@ class Dense(Way):
 
     shares_prefixes = False
 
-    def __init__(self, model: Model, budget: int, shapes: Shapes) -> None:
-        super().__init__(model, budget)
+    def __init__(self, model: Model, room: Room, shapes: Shapes) -> None:
+        super().__init__(model, room)
+        self._padded = any(shape is not None for shape in shapes)
         self._slab = Slab(shapes, 0, 0)
         self._states = [_States() for _ in shapes]
         self._prompts: dict[Row, int] = {}  # rows whose prompt is not in yet, each with a cache of its own: their columns
@@ -53,7 +54,7 @@ class Dense(Way):
         fed = torch.tensor([[row.last_id for row in rows], lengths, chosen], device=self.model.device)
         step = _Step(self._slab, self._states, None if whole else fed[2], fed[1], max(lengths) + 1)
         mask = None
-        if min(lengths) != max(lengths):
+        if self._padded and min(lengths) != max(lengths):
             mask = (torch.arange(step.columns, device=fed.device) <= fed[1][:, None]).long()
         logits = self.model(fed[0][:, None], fed[1][:, None], DenseCache(step), mask)[:, -1].float()
         for row in rows:
@@ -67,7 +68,7 @@ class Dense(Way):
         if row.memory is None:  # it must find room among the rows that decode once its prompt is in
             rows = len(self._slab.places) + len(self._prompts) + 1
             longest = max([columns, *self._prompts.values(), *(place.length + 1 for place in self._slab.places)])
-            if rows * longest > self.budget:
+            if not self.room.fits(rows, rows * longest):
                 return False
             row.memory = self.model.new_cache()
             self._prompts[row] = columns
@@ -110,7 +111,7 @@ class Dense(Way):
         needed = max([columns, *(place.length + 1 for place in slab.places)])
         roomy = max(slab.columns, -(-columns * 5 // 4 // 64) * 64)
         for more, size in ((max(rows, slab.rows * 2), roomy), (rows, max(columns, slab.columns)), (rows, needed)):
-            if more * size <= self.budget:
+            if self.room.fits(more, more * size):
                 slab.resize(more, size)
                 for states in self._states:
                     states.resize(more)

@@ -7,7 +7,7 @@ import torch
 from . import attention
 from .attention import Group, PackedStep, packed
 from .kv import KVStore, Place, Shapes
-from .passes import Model, Part, Piece, Result, Row, Way
+from .passes import Model, Part, Piece, Result, Room, Row, Way
 from .prefixes import Prefixes
 
 
@@ -18,10 +18,10 @@ class Packed(Way):
     splits_prompts = True
     shares_prefixes = True
 
-    def __init__(self, model: Model, budget: int, shapes: Shapes, prefix_bytes: int = 0) -> None:
-        super().__init__(model, budget)
+    def __init__(self, model: Model, room: Room, shapes: Shapes, prefix_bytes: int = 0) -> None:
+        super().__init__(model, room)
         self._shapes = shapes
-        self._store = KVStore(shapes, budget)
+        self._store = KVStore(shapes, room.columns)
         self._prefixes = Prefixes(shapes, prefix_bytes)
 
     def parts(self, decode: list[Row], pieces: list[Piece]) -> list[Part]:

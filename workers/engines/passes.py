@@ -13,6 +13,9 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 
+BOUNDLESS = 2**31
+
+
 @dataclass(eq=False, slots=True)
 class Row:
     """What a way knows of one sequence that it computes.
@@ -110,6 +113,25 @@ class Model:
         return self(columns, positions, cache, **inputs)[:, -1].float()
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Memory for what requests keep, in bytes: each row needs ``per_row``, and each token of it ``per_column``."""
+
+    total: int
+    per_column: int
+    per_row: int = 0
+
+    def fits(self, rows: int, columns: int) -> bool:
+        """Whether there is memory for so many rows with so many tokens in all."""
+        return rows * self.per_row + columns * self.per_column <= self.total
+
+    @property
+    def columns(self) -> int:
+        """Tokens that a single row may have."""
+        left = self.total - self.per_row
+        return left // self.per_column if self.per_column else (BOUNDLESS if left >= 0 else 0)
+
+
 class Way(ABC):
     """How the rows of a step go through the model."""
 
@@ -120,10 +142,9 @@ class Way(ABC):
     shares_prefixes: bool
     """`load_prefix` and `save_prefix` do something."""
 
-    def __init__(self, model: Model, budget: int) -> None:
+    def __init__(self, model: Model, room: Room) -> None:
         self.model = model
-        self.budget = budget
-        """Columns (tokens) that all rows together may take."""
+        self.room = room
 
     @abstractmethod
     def parts(self, decode: list[Row], pieces: list[Piece]) -> list[Part]:
@@ -167,9 +188,9 @@ class RowByRow(Way):
     splits_prompts = False
     shares_prefixes = False
 
-    def __init__(self, model: Model, budget: int) -> None:
-        super().__init__(model, budget)
-        self._taken = 0
+    def __init__(self, model: Model, room: Room) -> None:
+        super().__init__(model, room)
+        self._rows = self._columns = 0
 
     def parts(self, decode: list[Row], pieces: list[Piece]) -> list[Part]:
         return [Part([row], []) for row in decode] + [Part([], [piece]) for piece in pieces]
@@ -184,20 +205,23 @@ class RowByRow(Way):
         return Result([row], logits)
 
     def reserve(self, row: Row, columns: int, *, prompt: bool = False) -> bool:
-        if row.memory is None:
+        new = row.memory is None
+        more = columns if new else columns - row.memory.columns
+        if more <= 0:
+            return True
+        if not self.room.fits(self._rows + new, self._columns + more):
+            return False
+        if new:
             row.memory = _Kept(self.model.new_cache(), 0)
-        if columns > row.memory.columns:
-            if self._taken + columns - row.memory.columns > self.budget:
-                if row.memory.columns == 0:
-                    row.memory = None
-                return False
-            self._taken += columns - row.memory.columns
-            row.memory.columns = columns
+            self._rows += 1
+        row.memory.columns = columns
+        self._columns += more
         return True
 
     def release(self, row: Row) -> None:
         if row.memory is not None:
-            self._taken -= row.memory.columns
+            self._rows -= 1
+            self._columns -= row.memory.columns
         row.memory, row.length = None, 0
 
     def fork(self, row: Row, copy: Row) -> bool:
