@@ -46,9 +46,9 @@ class Scene:
         return TransformersEngine("m", 4, loaded(self.model, self.tokenizer), kv_bytes)
 
     def columns(self, count: int) -> int:
-        """Bytes for so many tokens, of 4 rows or fewer."""
+        """Bytes for so many tokens of two rows."""
         room = self.engine().way.room
-        return count * room.per_column + 4 * room.per_row
+        return count * room.per_column + 2 * room.per_row
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

@@ -61,6 +61,7 @@ class TransformersEngine(Engine):
             if choice.sequence.ids or choice is new[0]:
                 self._start(choice)
 
+    @torch.inference_mode()
     def drop(self, ticket: str) -> None:
         self._replayed = [output for output in self._replayed if output.ticket != ticket]
         self.scheduler.leave(self._tickets.pop(ticket, ()))
