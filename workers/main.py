@@ -63,8 +63,7 @@ def build_engine(options: WorkerOptions) -> Engine:
 
         return EchoEngine(name, slots, options.token_delay_ms / 1000)
     try:
-        from .engines import loading
-        from .engines.transformers_engine import TransformersEngine
+        from .engines import loading, transformers_engine
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"The transformers engine needs {error.name}, which is not installed: pip install 'fastchat-q[worker]', "
@@ -73,7 +72,7 @@ def build_engine(options: WorkerOptions) -> Engine:
     loading.set_threads(options.threads)
     log.info("loading", model=options.model, device=options.device, dtype=options.dtype)
     loaded = loading.load(options.model, options.device, options.dtype)
-    return TransformersEngine(name, slots, loaded)
+    return transformers_engine.build(name, slots, loaded)
 
 
 async def _serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None) -> None:

@@ -93,7 +93,12 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         **MOE,
     ),
     "llama4": lambda: transformers.Llama4TextConfig(
-        **COMMON, head_dim=8, intermediate_size_mlp=64, num_local_experts=2, attention_chunk_size=WINDOW, **EAGER_EXPERTS
+        **COMMON,
+        head_dim=8,
+        intermediate_size_mlp=64,
+        num_local_experts=2,
+        attention_chunk_size=WINDOW,
+        **EAGER_EXPERTS,
     ),
     "qwen3_next": lambda: transformers.Qwen3NextConfig(
         **COMMON,
@@ -142,6 +147,27 @@ def random_model(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]())  # type: ignore[no-untyped-call]
     assert isinstance(model, PreTrainedModel)
+    return _spread(model)
+
+
+def random_t5() -> PreTrainedModel:
+    """An encoder-decoder."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return _spread(transformers.T5ForConditionalGeneration(config))
+
+
+def _spread(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 2:

@@ -63,13 +63,13 @@ class Forwards:
         return [len(call) for call in self.calls]
 
 
-def watch(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> Forwards:
-    """Watches what engines do with a model."""
+def watch(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, name: str = "input_ids") -> Forwards:
+    """Watches what engines do with a model, by the argument of that name."""
     forwards, original = Forwards(), model.forward
 
     @functools.wraps(original)  # engines read its signature
     def forward(*args: Any, **kwargs: Any) -> Any:
-        forwards(kwargs["input_ids"])
+        forwards(kwargs[name])
         return original(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", forward)

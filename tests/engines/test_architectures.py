@@ -1,6 +1,4 @@
-"""Every architecture says what `generate` says: alone, in a batch that others join and leave, and when memory is short."""
-
-from collections.abc import Iterator
+"""Every architecture says what `generate` says: alone, among others that join and leave, and when memory is short."""
 
 import pytest
 from fastchat_q.workers.engines import kv, prefixes
@@ -52,8 +50,8 @@ class Scene:
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def scene(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase) -> Iterator[Scene]:
-    yield Scene(request.param, tokenizer)
+def scene(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase) -> Scene:
+    return Scene(request.param, tokenizer)
 
 
 def join_and_leave(driver: Driver) -> list[tuple[int, ...]]:

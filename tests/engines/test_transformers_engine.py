@@ -4,12 +4,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from fastchat_q.workers.engines.base import Engine, Request
 from fastchat_q.workers.engines.loading import Loaded
 from fastchat_q.workers.engines.scheduler import Pace
 from fastchat_q.workers.engines.transformers_engine import TransformersEngine
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fastchat_q.errors import ContextLengthError, InvalidRequestError, JobFailedError
 from fastchat_q.events import Piece, Usage

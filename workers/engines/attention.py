@@ -1,12 +1,12 @@
-"""Attention of one packed step: rows that decode, slab by slab, and pieces of prompts, over the keys and values of KVStore.
+"""Attention of one packed step over the slabs of kv.py: of rows that decode, slab by slab, and of pieces of prompts.
 
 transformers hands every layer's queries, keys and values to a function that is chosen by name. Ours writes the new keys
-and values to where the step says, and lets each token see its own row and nothing else. So a forward pass has no padding
-and no mask as wide as the batch: all tokens of a step, of whichever request, are one sequence to the linear layers.
+and values to where the step says, and lets each token see its own row and nothing else. So a forward pass has no
+padding and no mask as wide as the batch: to the linear layers, all tokens of a step are one sequence.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,8 @@ class PackedStep:
     shapes: Shapes
     groups: list[Group]
     pieces: list[Piece]
+    alive: Callable[[], None]
+    """Called by every layer: a long step on a slow device is no hung engine."""
     layer: int = 0
     """The layer whose keys and values were handed over last."""
     attended: int = 0
@@ -58,7 +60,7 @@ class PackedStep:
     _made: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def slots(self, group: int, heads: int, device: torch.device) -> torch.Tensor:
-        """(rows x heads) int64: where each row's new keys of each head go in a slab that is flattened to its columns."""
+        """(rows x heads) int64: where each row's new keys of each head go in a slab flattened to its columns."""
         key = ("slots", group, heads, device)
         if key not in self._made:
             mine = self.groups[group]
@@ -98,17 +100,18 @@ class PackedStep:
         return self._made[key]
 
 
-class PackedCache(Cache):  # type: ignore[no-untyped-call]
+class PackedCache(Cache):
     """What a model takes for its cache in a packed step: notes which layer speaks, and leaves the rest to `attend`."""
 
     def __init__(self, step: PackedStep) -> None:
-        super().__init__(layers=[])  # type: ignore[no-untyped-call]
+        super().__init__(layers=[])
         self.step = step
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.step.layer = layer_idx
+        self.step.alive()
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

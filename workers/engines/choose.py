@@ -1,6 +1,7 @@
-"""Finds the fastest way that is right for a model, by what its layers keep and by trying it before anything is served."""
+"""Finds the fastest way that is right for a model: by what its layers keep, and by trying it before it serves."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import structlog
 import torch
@@ -10,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 from .dense import Dense
 from .kv import LayerShape, Shapes
 from .packed import Packed
-from .passes import Model, Part, Piece, Room, Row, RowByRow, Way
+from .passes import Model, Piece, Room, Row, RowByRow, Way
 
 log = structlog.get_logger()
 
@@ -25,11 +26,24 @@ TRIAL = ((5, 3), (9, 4))
 TRIAL_COLUMNS = 4096
 
 
+class NoWayError(Exception):
+    """This model cannot be run token by token with a cache that is handed in."""
+
+
 @torch.inference_mode()
 def choose_way(model: Model, kv_bytes: int) -> Way:
-    """The fastest way that gives the logits of the model's plain forward pass, with memory for so many bytes."""
-    cache = DynamicCache(config=model.config)
-    model.extend(cache, 0, [1, 1, 1, 1])
+    """The fastest way that gives the logits of the model's plain forward pass, with memory for so many bytes.
+
+    Raises:
+        NoWayError: there is none.
+    """
+    try:
+        cache = model.new_cache()
+        model.extend(cache, 0, [1, 1, 1, 1])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever an architecture raises that takes another kind of cache
+        raise NoWayError(f"{type(error).__name__}: {error}") from error
     shapes, fixed = _shapes(cache), _state_bytes(cache)
     room = Room(kv_bytes, sum(shape.bytes_per_column for shape in shapes if shape is not None), fixed)
     kinds = {type(layer) for layer in cache.layers}
@@ -43,26 +57,28 @@ def choose_way(model: Model, kv_bytes: int) -> Way:
             kept = int(kv_bytes * PREFIX_SHARE)
             return Packed(model, replace(room, total=kv_bytes - kept), shapes, kept)
         log.info("way not taken", way="packed", model=type(model.config).__name__, why=wrong)
+    model.watch_layers()
     if kinds <= {DynamicLayer, LinearAttentionLayer}:
         wrong = _try(Dense(model, trial, shapes))
         if not wrong:
             return Dense(model, room, shapes)
         log.info("way not taken", way="dense", model=type(model.config).__name__, why=wrong)
-    return RowByRow(model, room)
+    way = RowByRow(model, room)
+    if wrong := _try(RowByRow(model, trial)):
+        raise NoWayError(wrong)
+    return way
 
 
 def _shapes(cache: DynamicCache) -> Shapes:
     shapes: list[LayerShape | None] = []
     for layer in cache.layers:
-        if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.keys.dim() != 4:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None or keys.dim() != 4:
             shapes.append(None)
             continue
         window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
-        keys, values = layer.keys, layer.values
         shapes.append(
-            LayerShape(
-                keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype, keys.device, window
-            )
+            LayerShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype, keys.device, window)
         )
     return tuple(shapes)
 
@@ -81,38 +97,36 @@ def _state_bytes(cache: DynamicCache) -> int:
 
 def _try(way: Way) -> str:
     """Why this way must not be taken; empty: its logits are right."""
-    model = way.model
-    vocabulary = model.config.vocab_size
-    rows, texts = [Row() for _ in TRIAL], []
+    rows = [Row() for _ in TRIAL]
     try:
-        for i, (prompt, decoded) in enumerate(TRIAL):
-            texts.append([(7 * i + 3 * j + 1) % vocabulary for j in range(prompt + decoded)])
-        expected = [_plain(model, text) for text in texts]
-        for row, (prompt, _), text in zip(rows, TRIAL, texts, strict=True):
-            if not way.reserve(row, len(text) + 1):
-                return "no room for a trial"
-            cut = prompt // 2 if way.splits_prompts else 0
-            pieces = [(text[:cut], False), (text[cut:prompt], True)]
-            for ids, last in pieces:
-                for part in way.parts([], [Piece(row, ids, last)] if ids else []):
-                    result = way.run(part)
-            if difference := _compare(model, result.logits[0], expected[rows.index(row)][prompt - 1]):
-                return f"{difference} in the prompt"
-        for step in range(min(decoded for _, decoded in TRIAL)):
-            for row, (prompt, _), text in zip(rows, TRIAL, texts, strict=True):
-                row.last_id = text[prompt + step]
-            for part in way.parts(rows, []):
-                result = way.run(part)
-                for row, logits in zip(result.rows, result.logits, strict=True):
-                    i = rows.index(row)
-                    if difference := _compare(model, logits, expected[i][TRIAL[i][0] + step]):
-                        return f"{difference} in a decode step"
+        return _trial(way, rows)
     except Exception as error:  # whatever an architecture that is not made for it raises
         return f"{type(error).__name__}: {error}"
     finally:
         for row in rows:
             way.release(row)
         way.reset()
+
+
+def _trial(way: Way, rows: list[Row]) -> str:
+    """Takes two prompts in, in pieces where that is possible, and decodes both together; says what is wrong."""
+    model, size = way.model, way.model.config.vocab_size
+    texts = [[(7 * i + 3 * j + 1) % size for j in range(sum(counts))] for i, counts in enumerate(TRIAL)]
+    expected = {row: _plain(model, text) for row, text in zip(rows, texts, strict=True)}
+    steps: list[tuple[list[Row], list[Piece]]] = []
+    for row, (prompt, _), text in zip(rows, TRIAL, texts, strict=True):
+        way.reserve(row, len(text) + 1)
+        cuts = (0, prompt // 2, prompt) if way.splits_prompts else (0, prompt)
+        steps += [([], [Piece(row, text[start:end], end == prompt)]) for start, end in pairwise(cuts)]
+    steps += [(rows, [])] * min(decoded for _, decoded in TRIAL)
+    for decode, pieces in steps:
+        for row, text in zip(rows, texts, strict=True):
+            row.last_id = text[row.length]
+        for part in way.parts(decode, pieces):
+            result = way.run(part)
+            for row, logits in zip(result.rows, result.logits, strict=True):
+                if wrong := _difference(model, logits, expected[row][row.length - 1]):
+                    return wrong
     return ""
 
 
@@ -123,7 +137,7 @@ def _plain(model: Model, text: list[int]) -> torch.Tensor:
     return model(ids, positions, model.new_cache(), keep=0)[0].float()
 
 
-def _compare(model: Model, logits: torch.Tensor, expected: torch.Tensor) -> str:
+def _difference(model: Model, logits: torch.Tensor, expected: torch.Tensor) -> str:
     scale = expected - expected.mean()
     difference = ((logits - expected).norm() / scale.norm().clamp_min(1e-30)).item()
     exact = model.dtype in (torch.float32, torch.float64) and not model.quantized

@@ -27,7 +27,9 @@ class Dense(Way):
         self._padded = any(shape is not None for shape in shapes)
         self._slab = Slab(shapes, 0, 0)
         self._states = [_States() for _ in shapes]
-        self._prompts: dict[Row, int] = {}  # rows whose prompt is not in yet, each with a cache of its own: their columns
+        self._prompts: dict[
+            Row, int
+        ] = {}  # rows whose prompt is not in yet, each with a cache of its own: their columns
         recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in model.new_cache().layers)
         self.repeatable = not recurrent  # a pass that failed has changed some states already
         self.splits_prompts = not recurrent
@@ -132,7 +134,8 @@ class Dense(Way):
             raise MemoryError("no room among the rows that decode")
         self._add(row, row.length)
         index = row.memory.index
-        for i, layer in enumerate(cache.layers):
+        layers: list[Any] = cache.layers
+        for i, layer in enumerate(layers):
             keys, values = self._slab.keys[i], self._slab.values[i]
             if keys is not None and values is not None:
                 keys[index, :, : row.length] = layer.keys[0]
@@ -216,11 +219,11 @@ class _RecurrentLayer(LinearAttentionLayer):
             if kind == "conv_states":
                 self.conv_kernel_size[state] = tensor.shape[-1]
         self.has_previous_state = dict.fromkeys(range(count), True)
-        first = next(iter(step.states[i].rows.values()))
-        self.dtype, self.device = first.dtype, first.device
+        if step.chosen is not None:
+            raise ValueError("states are written where they lie: all rows must decode together")
 
 
-class DenseCache(Cache):  # type: ignore[no-untyped-call]
+class DenseCache(Cache):
     """A cache whose layers are views of the slab and of the states."""
 
     def __init__(self, step: _Step) -> None:
@@ -231,4 +234,4 @@ class DenseCache(Cache):  # type: ignore[no-untyped-call]
                 layers.append(_RecurrentLayer(step, i, 1 + max(state for _, state in states)))
             else:
                 layers.append(_Layer(step, i) if keys is not None else DynamicLayer())  # type: ignore[no-untyped-call]
-        super().__init__(layers=layers)  # type: ignore[no-untyped-call]
+        super().__init__(layers=layers)

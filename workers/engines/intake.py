@@ -1,4 +1,4 @@
-"""From a request to sequences that can run: its prompt rendered and checked, its limits, what an earlier attempt said."""
+"""From a request to sequences that can run: prompt rendered and checked, limits, what an earlier attempt said."""
 
 from dataclasses import dataclass, field
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-SMALLEST = 128
+SMALLEST = 64
 """Columns of the smallest slab."""
 LARGEST_SHARED = 1024
 """Rows with more columns lie in a slab each: their attention is long enough to be worth a call of its own."""

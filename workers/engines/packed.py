@@ -12,7 +12,7 @@ from .prefixes import Prefixes
 
 
 class Packed(Way):
-    """For models whose layers all keep keys and values, some perhaps of a window, and attend through transformers' interface."""
+    """For models whose layers all keep keys and values, and attend through transformers' interface."""
 
     repeatable = True
     splits_prompts = True
@@ -43,7 +43,7 @@ class Packed(Way):
             if piece.last:
                 wanted.append(len(ids) - 1)
         fed = torch.tensor([ids, positions], device=self.model.device)
-        step = PackedStep(self._shapes, _groups(decode, fed[1]), segments)
+        step = PackedStep(self._shapes, _groups(decode, fed[1]), segments, self.model.alive)
         keep: torch.Tensor | int = 0 if len(wanted) == len(ids) else 1
         if wanted and len(wanted) < len(ids):
             keep = torch.tensor(wanted, device=self.model.device)
@@ -94,15 +94,13 @@ def _order(row: Row) -> tuple[int, int]:
 
 
 def _groups(rows: list[Row], positions: torch.Tensor) -> list[Group]:
-    """Runs of rows, which are in order, that lie side by side in one slab; ``positions`` (tokens) are those of the step."""
+    """Runs of rows, which are in order, side by side in a slab; ``positions`` are those of the step's tokens."""
     cuts = [0] + [i for i in range(1, len(rows)) if not _adjacent(rows[i - 1].memory, rows[i].memory)] + [len(rows)]
     groups = []
     for start, end in pairwise(cuts if rows else []):
         lengths = [row.length for row in rows[start:end]]
         place: Place = rows[start].memory
-        groups.append(
-            Group(start, end, place.slab, place.index, positions[start:end], min(lengths), max(lengths))
-        )
+        groups.append(Group(start, end, place.slab, place.index, positions[start:end], min(lengths), max(lengths)))
     return groups
 
 

@@ -1,17 +1,17 @@
 """What a step of the loop asks of a model, and the plainest way to answer it: every row by itself, as `generate` does.
 
-Three ways answer it, from the fastest on: `packed.py`, `dense.py` and `RowByRow` here; `choose.py` finds the fastest that
-is right for a model. Between steps rows reserve and release memory; within a step nothing else happens to them.
+Three ways answer it, from the fastest on: `packed.py`, `dense.py` and `RowByRow` here; `choose.py` finds the fastest
+that is right for a model. Between steps rows reserve and release memory; within a step nothing else happens to them.
 """
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
-
 
 BOUNDLESS = 2**31
 
@@ -65,18 +65,29 @@ class Result:
 
 
 class Model:
-    """A causal LM's forward pass with the argument names that this architecture has."""
+    """A causal LM's forward pass with the argument names that this architecture has.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        alive: called whenever a layer has been computed, so that a long pass on a slow device is no hung engine.
+    """
+
+    def __init__(self, model: PreTrainedModel, alive: Callable[[], None] = lambda: None) -> None:
         parameters = inspect.signature(model.forward).parameters
         self._model = model
         self._cache_name = "past_key_values" if "past_key_values" in parameters else "cache_params"
         self._takes_positions = "position_ids" in parameters
         self._keeps_logits = "logits_to_keep" in parameters
+        self.alive = alive
         self.config = model.config.get_text_config(decoder=True)
         self.device = model.device
         self.dtype = model.dtype
         self.quantized = getattr(model, "quantization_method", None) is not None
+
+    def watch_layers(self) -> None:
+        """Lets every layer say that it is computed; costs a call for each, which packed steps do not need."""
+        for layers in (m for m in self._model.modules() if isinstance(m, torch.nn.ModuleList)):
+            for layer in layers:
+                layer.register_forward_pre_hook(lambda *_: self.alive())
 
     def __call__(
         self,
@@ -170,19 +181,19 @@ class Way(ABC):
     def fork(self, row: Row, copy: Row) -> bool:
         """Gives ``copy`` the memory of a row whose prompt is in; False: there is no room."""
 
-    def reset(self) -> None:
+    def reset(self) -> None:  # noqa: B027
         """Gives back all memory that can be given back."""
 
     def load_prefix(self, row: Row, ids: list[int]) -> int:
         """Fills a row that has reserved room with a computed prefix of these tokens; returns how many."""
         return 0
 
-    def save_prefix(self, row: Row, ids: list[int]) -> None:
+    def save_prefix(self, row: Row, ids: list[int]) -> None:  # noqa: B027
         """Keeps the computed keys and values of these first tokens of a row."""
 
 
 class RowByRow(Way):
-    """A cache for each row, and a forward pass for each row of a step: right for whatever a model keeps in its cache."""
+    """A cache for each row, and a forward pass for each: right for whatever a model keeps in its cache."""
 
     repeatable = False
     splits_prompts = False

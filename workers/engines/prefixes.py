@@ -62,10 +62,11 @@ class Prefixes:
         rows = self._take(len(new), keep=set(names)) if new else []
         new = new[: len(rows)]
         if not new:
-            return self._use(names)
+            self._use(names)
+            return
         for stored, kept in self._pairs(place):
             row = stored[place.index, :, : (new[-1] + 1) * BLOCK]
-            blocks = row.unflatten(1, (-1, BLOCK)).transpose(0, 1)  # (blocks, heads, BLOCK, size)
+            blocks = row.view(row.shape[0], -1, BLOCK, row.shape[2]).transpose(0, 1)  # (blocks, heads, BLOCK, size)
             chosen = blocks[new[0] :] if len(new) == new[-1] + 1 - new[0] else blocks[new]
             kept[torch.tensor(rows, device=kept.device)] = chosen
         self._blocks.update(zip((names[i] for i in new), rows, strict=True))

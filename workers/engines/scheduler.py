@@ -1,7 +1,7 @@
 """Which rows go through the model in the next step: those that decode, and as much of prompts as time allows.
 
-First come, first served. When KV memory is full, requests wait, and the youngest row gives its memory up and is computed
-again later; no request fails for want of memory that others hold. Knows rows and times, and no text and no sampling.
+First come, first served. When KV memory is full, requests wait, and the youngest row gives its memory up and is
+computed again later; no request fails for want of memory that others hold. Knows rows and times, no text.
 """
 
 import time

@@ -6,12 +6,14 @@ what they say (sequence.py). Nothing of a request is computed anywhere else.
 
 import time
 
+import structlog
 import torch
 
 from fastchat_q.registry import ModelCard
 
 from .base import Ended, Engine, Output, Request
-from .choose import choose_way
+from .choose import NoWayError, choose_way
+from .generate_engine import GenerateEngine
 from .intake import Choice, Intake
 from .loading import Loaded
 from .memory import default_kv_bytes
@@ -19,6 +21,8 @@ from .passes import Model, Part, Row
 from .sampling import sample
 from .scheduler import Run, Scheduler
 from .trouble import job_error
+
+log = structlog.get_logger()
 
 FIRST_FORWARD_S = 120.0
 """An accelerator loads and compiles its kernels during the first forward pass."""
@@ -37,16 +41,12 @@ class TransformersEngine(Engine):
             name, "transformers", loaded.context_length, int(time.time()), loaded.device.type, dtype, features=("n",)
         )
         super().__init__(card, slots)
-        model = Model(loaded.model)
-        self.way = choose_way(model, kv_bytes or default_kv_bytes(loaded.device))
+        self.way = choose_way(Model(loaded.model, self.alive), kv_bytes or default_kv_bytes(loaded.device))
         self.scheduler = Scheduler(self.way)
         self._intake = Intake(loaded, self.way.room.columns - 1)
         self._tickets: dict[str, list[Run]] = {}
         self._replayed: list[Output] = []  # ends that no forward pass is needed for
         self._warm = loaded.device.type == "cpu"
-        for layers in (m for m in loaded.model.modules() if isinstance(m, torch.nn.ModuleList)):
-            for layer in layers:  # a long prompt on a slow device is no hung engine
-                layer.register_forward_pre_hook(lambda *_: self.alive())
 
     def admit(self, request: Request) -> None:
         answers, ended = self._intake.answers(request)
@@ -188,3 +188,14 @@ def _halves(part: Part) -> list[Part]:
         return [Part(part.decode, []), *alone] if part.decode else alone
     middle = len(part.decode) // 2
     return [Part(part.decode[:middle], []), Part(part.decode[middle:], [])]
+
+
+def build(name: str, slots: int, loaded: Loaded, kv_bytes: int | None = None) -> Engine:
+    """The engine for a loaded model: the step loop, or `generate` for what that cannot run."""
+    if loaded.model.config.is_encoder_decoder:
+        return GenerateEngine(name, slots, loaded)
+    try:
+        return TransformersEngine(name, slots, loaded, kv_bytes)
+    except NoWayError as error:
+        log.warning("the step loop cannot run this model", model=name, why=str(error))
+        return GenerateEngine(name, slots, loaded)
