@@ -5,7 +5,7 @@
 Always: fastchat-q with its transformers engine, ``transformers serve --continuous-batching``, and transformers'
 continuous batching inside of one process, without a server. With a Python that has FastChat: its controller, worker and
 API server. With one that has vLLM and fastchat-q: ``vllm serve``, and fastchat-q with its vllm engine. Each answer has
-64 tokens and is streamed, greedy; each level asks four times as many requests as it has clients. Compare the rows of
+64 tokens and is streamed, greedy; each level asks twice as many requests as it has clients. Compare the rows of
 one table with one another, not with another machine's. docs/performance.md says how to make those Pythons.
 """
 
@@ -123,7 +123,7 @@ def load(served: Served, concurrency: int) -> Figures:
     Raises:
         SystemExit: a request failed.
     """
-    for requests, clients in ((2, 1), (max(8, 4 * concurrency), concurrency)):
+    for requests, clients in ((2, 1), (max(8, 2 * concurrency), concurrency)):
         config = Config(
             served.base_url,
             served.model,

@@ -30,7 +30,7 @@ def main() -> None:
     try:
         for level in levels:
             _run(manager, ids, 2, 1, tokens)
-            requests = max(8, 4 * level)
+            requests = max(8, 2 * level)
             began = time.perf_counter()
             _run(manager, ids, requests, level, tokens)
             found[level] = requests * tokens / (time.perf_counter() - began)
