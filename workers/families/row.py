@@ -26,7 +26,7 @@ class Example(_Row):
 
 
 class Format(_Row):
-    """How turns become text, for ``turns.jinja``. Each pattern holds ``{content}`` once; ``{round}`` counts the user's."""
+    """How turns become text (``turns.jinja``). Each pattern holds ``{content}`` once; ``{round}`` counts the user's."""
 
     user: str
     assistant: str
