@@ -6,13 +6,12 @@ from collections import deque
 import torch
 from transformers import DynamicCache
 
-from fastchat_q.errors import ContextLengthError, InvalidRequestError
-from fastchat_q.jobs import Job
 from fastchat_q.registry import ModelCard
 
 from .base import Ended, Engine, Output, Request
 from .batch import Batch, Forward
 from .loading import Loaded
+from .rendering import Renderer, token_limit
 from .sampling import sample
 from .sequence import Sequence
 from .text import Detokenizer, StopMatcher
@@ -33,7 +32,8 @@ class TransformersEngine(Engine):
         super().__init__(card, slots)
         self._loaded = loaded
         self._forward = Forward(loaded.model)
-        self._vocabulary = loaded.model.config.get_text_config().vocab_size
+        vocabulary = loaded.model.config.get_text_config().vocab_size
+        self._renderer = Renderer(loaded.tokenizer, vocabulary, loaded.chat, loaded.adapter)
         self._waiting: deque[Sequence] = deque()
         self._batches: list[Batch[Sequence]] = []
         self._replayed: list[Output] = []  # ends that no forward pass is needed for
@@ -123,61 +123,21 @@ class TransformersEngine(Engine):
 
     def _sequence(self, request: Request) -> Sequence:
         job, sampling = request.job, request.job.sampling
-        prompt = self._render(job)
+        prompt = self._renderer.prompt(job)
         return Sequence(
             ticket=request.ticket,
             prompt=prompt,
-            limit=self._limit(len(prompt), sampling.max_tokens),
+            limit=token_limit(self._loaded.context_length, len(prompt), sampling.max_tokens),
             sampling=sampling,
             eos_ids=frozenset() if sampling.ignore_eos else self._loaded.eos_ids,
             detokenizer=Detokenizer(self._decode_ids),
-            stop=StopMatcher(sampling.stop),
+            stop=StopMatcher(sampling.stop if sampling.ignore_eos else (*sampling.stop, *self._renderer.stop)),
         )
 
     def _decode_ids(self, ids: list[int]) -> str:
         text = self._loaded.tokenizer.decode(ids, skip_special_tokens=True)
         assert isinstance(text, str)
         return text
-
-    def _render(self, job: Job) -> list[int]:
-        """Messages -> prompt token ids, through the tokenizer's own chat template.
-
-        Control tokens that a user typed are encoded as ordinary text (``sanitize_control_tokens``).
-        """
-        messages = [message.model_dump(exclude_defaults=True) for message in job.messages]
-        try:
-            encoded = self._loaded.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, sanitize_control_tokens=True
-            )
-        except Exception as error:  # templates raise what they like, e.g. on roles that do not alternate
-            raise InvalidRequestError(
-                f"The chat template of {job.model!r} refuses these messages: {error}", param="messages"
-            ) from error
-        ids: list[int] = encoded["input_ids"]  # type: ignore[index, call-overload, assignment]
-        if not ids:
-            raise InvalidRequestError(
-                f"The chat template of {job.model!r} makes an empty prompt of them.", param="messages"
-            )
-        if max(ids) >= self._vocabulary:
-            raise InvalidRequestError(
-                f"The tokenizer of {job.model!r} gives token {max(ids)}, beyond its vocabulary of {self._vocabulary}.",
-                param="messages",
-            )
-        return ids
-
-    def _limit(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        """Tokens that this request may generate."""
-        context = self._loaded.context_length
-        if context is None:
-            return max_tokens or 2**31
-        if prompt_tokens + (max_tokens or 1) > context:
-            asked = f" and {max_tokens} for the completion" if max_tokens else ""
-            raise ContextLengthError(
-                f"This model's maximum context length is {context} tokens, but the request asks for {prompt_tokens} "
-                f"in the messages{asked}. Shorten the messages or lower max_tokens.",
-                param="messages",
-            )
-        return max_tokens or context - prompt_tokens
 
 
 def _accept(sequence: Sequence, token: int) -> Output:

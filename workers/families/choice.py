@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Literal
 
 from fastchat_q.errors import ConfigurationError
 
@@ -24,6 +25,9 @@ class Choice:
     template: Template
     why: str
     """In a few words, for the log."""
+    origin: Literal["model", "row", "file"]
+    """Where the template comes from. A row leaves the start token to the tokenizer. A model's own knows its own ends:
+    the family's stop texts and tokens are for the others."""
     declared: bool
     """The model itself names the family, so that its token ids are known to be right."""
 
@@ -48,9 +52,9 @@ def choose(
         return _wanted(wanted, own, model_type, named)
     if own is not None:
         family = named or detect(model_type, own)
-        return Choice(family, own, "the tokenizer's own", named is not None)
+        return Choice(family, own, "the tokenizer's own", "model", named is not None)
     if named is not None and (template := named.chat_template()) is not None:
-        return Choice(named, template, "the model names the family", True)
+        return Choice(named, template, "the model names the family", "row", True)
     raise ConfigurationError(
         f"Model {source!r} has no chat template in its tokenizer, and its model card names no family that is known "
         "here, so it cannot take chat messages. Ways out: --chat-template NAME with a name that `fastchat-q models "
@@ -92,7 +96,7 @@ def _wanted(wanted: str, own: Template | None, model_type: str | None, named: Fa
     path = Path(wanted).expanduser()
     if path.suffix == ".jinja":
         text = _read(path)
-        return Choice(named or detect(model_type, text), text, f"the file {wanted}", named is not None)
+        return Choice(named or detect(model_type, text), text, f"--chat-template {wanted}", "file", named is not None)
     if path.suffix == ".toml":
         rows = read_rows(_read(path), wanted, path.parent)
         if len(rows) != 1:
@@ -108,13 +112,14 @@ def _wanted(wanted: str, own: Template | None, model_type: str | None, named: Fa
             f"--chat-template {wanted}: this is the name of a hosted model, with no prompt of its own; "
             f"--engine {family.api} forwards to its provider."
         )
-    template = family.chat_template() or own
+    bundled = family.chat_template()
+    template = bundled or own
     if template is None:
         raise ConfigurationError(
             f"--chat-template {wanted}: models of this family bring their own template, and this model has none. "
             "Give its template as a file: --chat-template FILE.jinja"
         )
-    return Choice(family, template, f"--chat-template {wanted}", declared)
+    return Choice(family, template, f"--chat-template {wanted}", "row" if bundled else "model", declared)
 
 
 def _read(path: Path) -> str:
