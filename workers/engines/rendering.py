@@ -226,8 +226,8 @@ def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before any text (mostly a start token), which bundled templates leave to it."""
-    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
-    whole: list[int] = tokenizer("a")["input_ids"]  # type: ignore[assignment]
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
     for at in range(len(whole)):
         if whole[at : at + len(plain)] == plain:
             return whole[:at]

@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 
 from fastchat_q.errors import ConfigurationError
 
@@ -101,8 +101,7 @@ class Family(_Row):
     differs: str | None = None
     """Where the prompt is not what FastChat made, and why."""
     notes: str | None = None
-    folder: Path | None = Field(default=None, exclude=True)
-    """Where a template of a row from outside the package lies."""
+    _folder: Path | None = PrivateAttr(default=None)  # where a template of a row from outside the package lies
 
     def chat_template(self) -> str | None:
         """The whole template as one text, to be set as a tokenizer's. None: models of the family bring their own.
@@ -112,7 +111,7 @@ class Family(_Row):
         """
         if self.template is None:
             return None
-        own = self.folder / self.template if self.folder is not None else None
+        own = self._folder / self.template if self._folder is not None else None
         path = own if own is not None and own.is_file() else files(__package__).joinpath(self.template)
         if not path.is_file():
             raise ConfigurationError(f"Family {self.name!r}: there is no template {self.template!r} beside its row.")
@@ -146,12 +145,15 @@ def read_rows(text: str, source: str, folder: Path | None = None) -> list[Family
     """
     try:
         entries = tomllib.loads(text)
-        if unknown := sorted(set(entries) - {"family"}):
-            raise ConfigurationError(f"{source}: rows begin with [[family]], not {unknown[0]!r}.")
-        return [Family(**entry, folder=folder) for entry in entries.get("family", ())]
+        if set(entries) - {"family"} or not isinstance(entries.get("family", []), list):
+            raise ConfigurationError(f"{source}: rows begin with [[family]], not [{sorted(entries)[0]}].")
+        rows = [Family.model_validate(entry) for entry in entries.get("family", [])]
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{source} is not TOML: {error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigurationError(f"{source}: {where}: {first['msg']} (given: {first['input']!r:.80})") from error
+    for row in rows:
+        row._folder = folder
+    return rows
