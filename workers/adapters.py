@@ -72,7 +72,7 @@ def find(config: Mapping[str, Any]) -> Adapter | None:
 
 
 def _installed() -> list[tuple[EntryPoint, Adapter]]:
-    return [(entry, _load(entry)) for entry in entry_points(group=GROUP)]
+    return [(entry, _load(entry)) for entry in sorted(entry_points(group=GROUP))]
 
 
 def _load(entry: EntryPoint) -> Adapter:

@@ -1,13 +1,19 @@
 """docs/adding-a-model.md, step by step: its own files, its own command lines, real workers."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastchat_q.workers.engines.loading import load
+from fastchat_q.workers.engines.rendering import Renderer
 
+from fastchat_q.errors import ConfigurationError
+from fastchat_q.jobs import Job, Message
 from tests.servers import wait_until
 from tests.stack import Stack, running_stack
 
@@ -42,103 +48,80 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield running
 
 
-def serve(stack: Stack, *arguments: str, **environment: str) -> str:
-    """Starts a worker with one more model, asks it, and gives the worker's log."""
-    worker = stack.start_worker("--threads", "1", *arguments, **environment)
-    try:
-        name = Path(arguments[1]).name
-        with stack.client() as client:
-            answer = client.chat.completions.create(
-                model=name, messages=[{"role": "user", "content": "Hello!"}], max_tokens=5
-            )
-        assert answer.usage is not None
-        assert answer.usage.completion_tokens <= 5
-        return worker.output()
-    finally:
-        worker.stop()
+def ask(stack: Stack, name: str, text: str, **fields: Any) -> tuple[str, str]:
+    """(text, finish reason) of an answer."""
+    create: Any = stack.client().chat.completions.create
+    answer = create(model=name, messages=[{"role": "user", "content": text}], **fields)
+    choice = answer.choices[0]
+    return choice.message.content, choice.finish_reason
 
 
 def test_a_model_with_its_own_template_needs_nothing(stack: Stack, shop: Path) -> None:
-    log = serve(stack, "--model", str(shop / "my-model"))
-    assert "family=hermes" in log
-    assert "the tokenizer's own" in log
+    worker = stack.start_worker("--threads", "1", "--model", str(shop / "my-model"))
+    assert ask(stack, "my-model", "Hello!", max_tokens=5)[1] in {"length", "stop"}
+    assert re.search(r"chat template +family=hermes .*the tokenizer's own", worker.output())
+    worker.stop()
 
 
-def test_a_model_without_a_template_is_told_the_ways_out(stack: Stack, shop: Path) -> None:
-    worker = stack.start("bare", "worker", "--no-supervise", "--model", str(shop / "bare-model"))
-    assert worker.wait() == 2
-    assert "Ways out: --chat-template NAME" in worker.output()
+def test_a_row_of_one_s_own_is_served_from_its_file(stack: Stack, shop: Path) -> None:
+    row = str(shop / "my-row.toml")
+    worker = stack.start_worker("--threads", "1", "--model", str(shop / "bare-model"), "--chat-template", row)
+    assert ask(stack, "bare-model", "Hello!", max_tokens=5)[1] in {"length", "stop"}
+    assert re.search(r"chat template +family=my-format ", worker.output())
+    worker.stop()
 
 
-def test_the_model_card_names_a_family(stack: Stack, shop: Path) -> None:
+def test_a_model_without_a_template_is_told_the_ways_out(shop: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"no chat template.*Ways out: --chat-template NAME"):
+        load(str(shop / "bare-model"), "cpu")
+
+
+def test_the_model_card_names_a_family(shop: Path) -> None:
     card = shop / "bare-model" / "README.md"
     card.write_text(example("bare-model/README.md"))
     try:
-        assert "family=vicuna_v1.1" in serve(stack, "--model", str(shop / "bare-model"))
+        chat = load(str(shop / "bare-model"), "cpu").chat
     finally:
         card.unlink()
+    assert chat is not None
+    assert (chat.family.name, chat.why) == ("vicuna_v1.1", "the model names the family")
 
 
 @pytest.mark.parametrize(
-    ("wanted", "family"), [("vicuna_v1.1", "vicuna_v1.1"), ("my-format.jinja", "own"), ("my-row.toml", "my-format")]
+    ("wanted", "family", "prompt"),
+    [
+        ("vicuna_v1.1", "vicuna_v1.1", " USER: Hello! ASSISTANT:"),
+        ("my-format.jinja", "own", "[user] Hello!\n[assistant] "),
+        ("my-row.toml", "my-format", "You are a pirate.\n\n[user] Hello!\n[assistant]"),
+    ],
 )
-def test_a_template_is_asked_for(stack: Stack, shop: Path, wanted: str, family: str) -> None:
+def test_a_template_is_asked_for(shop: Path, wanted: str, family: str, prompt: str) -> None:
     path = shop / wanted
-    given = str(path) if path.exists() else wanted
-    log = serve(stack, "--model", str(shop / "bare-model"), "--chat-template", given)
-    assert f"family={family} " in log
+    loaded = load(str(shop / "bare-model"), "cpu", chat_template=str(path) if path.exists() else wanted)
+    assert loaded.chat is not None
+    assert loaded.chat.family.name == family
+    job = Job(id="j", model="m", messages=(Message(role="user", content="Hello!"),))
+    ids = Renderer(loaded.tokenizer, 1024, loaded.chat).prompt(job)
+    assert str(loaded.tokenizer.decode(ids)).endswith(prompt)
 
 
 def test_an_adapter_serves_a_model_that_is_no_transformer(stack: Stack, shop: Path) -> None:
     worker = stack.start_worker("--model", str(shop / "bigram-model"), PYTHONPATH=str(shop / "site"))
-    with stack.client() as client:
-        chat = client.chat.completions
-        whole = chat.create(
-            model="bigram-model", messages=[{"role": "user", "content": "Hi!"}], temperature=0, max_tokens=200
-        )
-        assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == (" A cat sat on my hat.", "stop")
-        stopped = chat.create(
-            model="bigram-model",
-            messages=[{"role": "user", "content": "Hi!"}],
-            temperature=0,
-            stop=[" sat"],
-            stream=True,
-        )
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in stopped) == " A cat"
-        drawn = [
-            chat.create(
-                model="bigram-model",
-                messages=[{"role": "user", "content": "zzz"}],
-                temperature=1.0,
-                seed=seed,
-                max_tokens=20,
-            )
-            .choices[0]
-            .message.content
-            for seed in (1, 1, 2)
-        ]
-        assert drawn[0] == drawn[1] != drawn[2]
-        with pytest.raises(Exception, match=r"(?i)tools"):
-            chat.create(
-                model="bigram-model",
-                messages=[{"role": "user", "content": "Hi!"}],
-                tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
-            )
-    worker.stop()
-
-
-def test_an_endless_answer_of_an_adapter_is_cancelled_when_its_reader_leaves(stack: Stack, shop: Path) -> None:
-    worker = stack.start_worker("--model", str(shop / "bigram-model"), PYTHONPATH=str(shop / "site"))
-    with stack.client() as client:
-        stream = client.chat.completions.create(
-            model="bigram-model",
-            messages=[{"role": "user", "content": "Hi!"}],
-            max_tokens=100_000_000,
-            stream=True,
-            extra_body={"ignore_eos": True},
-        )
-        for _, _chunk in zip(range(20), stream, strict=False):
-            pass
-        stream.close()
-        wait_until(lambda: stack.live("bigram-model") == 0, "the job is cancelled")
+    name = "bigram-model"
+    assert ask(stack, name, "Hi!", temperature=0, max_tokens=200) == (" A cat sat on my hat.", "stop")
+    assert ask(stack, name, "Hi!", temperature=0, stop=[" sat"]) == (" A cat", "stop")
+    drawn = [ask(stack, name, "zzz", temperature=1, seed=seed, max_tokens=20)[0] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    create: Any = stack.client().chat.completions.create
+    stream = create(
+        model=name,
+        messages=[{"role": "user", "content": "Hi!"}],
+        max_tokens=100_000_000,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    for _ in range(20):
+        next(stream)
+    stream.close()
+    wait_until(lambda: stack.live(name) == 0, "an endless answer whose reader left is cancelled")
     worker.stop()
