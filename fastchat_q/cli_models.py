@@ -62,7 +62,7 @@ def _cells(family: "Family") -> tuple[str | None, ...]:
     if family.api is not None:
         template = f"- ({family.api} api)"
     else:
-        template = "bundled" if family.template is not None else "the model's"
+        template = "bundled" if family.bundled else "the model's"
     notes = family.notes or ""
     short = notes if len(notes) <= NOTE_WIDTH else notes[: NOTE_WIDTH - 1] + "…"
     return (family.name, template, family.tool_parser, family.reasoning_parser, short)

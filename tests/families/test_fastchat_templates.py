@@ -25,7 +25,7 @@ BETTER = {
 }
 """What is rendered where the original is wrong by a bug of its own; each of these rows says so."""
 REFUSED = {("yuan", "system"): "takes no system message"}
-RENDERED = [name for name, family in families().items() if name in ORIGINAL and family.template is not None]
+RENDERED = [name for name, family in families().items() if name in ORIGINAL and family.bundled]
 
 
 def render(family: Family, messages: list[dict[str, Any]], **options: Any) -> str:

@@ -160,7 +160,7 @@ def test_a_row_with_a_mistake_is_refused_by_the_entry(text: str, said: str) -> N
         read_rows(text, "mine.toml")
 
 
-@pytest.mark.parametrize("family", [f for f in families().values() if f.template], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", [f for f in families().values() if f.bundled], ids=lambda family: family.name)
 def test_the_preview_is_what_the_worker_renders(family: Family) -> None:
     messages: list[dict[str, Any]] = [{"role": "user", "content": "Hello!\n"}]
     template = family.chat_template()

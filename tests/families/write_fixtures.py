@@ -41,7 +41,7 @@ def main(source: str) -> None:
     spec.loader.exec_module(original)
     prompts = {
         name: {case: render(template, messages) for case, messages in CONVERSATIONS.items()}
-        if families()[name].template is not None
+        if families()[name].bundled
         else {}
         for name, template in original.conv_templates.items()
     }

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_
 from fastchat_q.errors import ConfigurationError
 
 ROW_FILES = ("fastchat.toml", "today.toml")
+TURNS = "turns.jinja"
 CONTENT = "{content}"
 
 
@@ -72,9 +73,9 @@ class Family(_Row):
 
     name: str
     template: str | None = None
-    """A Jinja file beside the row. None: models of the family bring their own template."""
+    """A Jinja file beside the row. With neither it nor a format, models of the family bring their own template."""
     format: Format | None = None
-    """Parameters of ``turns.jinja``."""
+    """How turns of plain text are written: the parameters of ``turns.jinja``."""
     system: str = ""
     """The system message of conversations that have none."""
     examples: tuple[Example, ...] = ()
@@ -103,18 +104,24 @@ class Family(_Row):
     notes: str | None = None
     _folder: Path | None = PrivateAttr(default=None)  # where a template of a row from outside the package lies
 
+    @property
+    def bundled(self) -> bool:
+        """Whether the row has a chat template."""
+        return self.template is not None or self.format is not None
+
     def chat_template(self) -> str | None:
         """The whole template as one text, to be set as a tokenizer's. None: models of the family bring their own.
 
         Raises:
             ConfigurationError: the row names a file that is not there.
         """
-        if self.template is None:
+        if not self.bundled:
             return None
-        own = self._folder / self.template if self._folder is not None else None
-        path = own if own is not None and own.is_file() else files(__package__).joinpath(self.template)
+        name = self.template or TURNS
+        own = self._folder / name if self._folder is not None else None
+        path = own if own is not None and own.is_file() else files(__package__).joinpath(name)
         if not path.is_file():
-            raise ConfigurationError(f"Family {self.name!r}: there is no template {self.template!r} beside its row.")
+            raise ConfigurationError(f"Family {self.name!r}: there is no template {name!r} beside its row.")
         values = {
             "family": self.name,
             "system": self.system,
