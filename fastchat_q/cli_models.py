@@ -59,10 +59,7 @@ def _row(family: "Family") -> dict[str, Any]:
 
 
 def _cells(family: "Family") -> tuple[str | None, ...]:
-    if family.api is not None:
-        template = f"- ({family.api} api)"
-    else:
-        template = "bundled" if family.bundled else "the model's"
+    template = "bundled" if family.bundled else f"- ({family.api} api)" if family.api is not None else "the model's"
     notes = family.notes or ""
     short = notes if len(notes) <= NOTE_WIDTH else notes[: NOTE_WIDTH - 1] + "…"
     return (family.name, template, family.tool_parser, family.reasoning_parser, short)
