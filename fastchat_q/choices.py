@@ -25,6 +25,7 @@ class WorkerOptions:
     dtype: Dtype
     threads: int | None
     token_delay_ms: float
+    chat_template: str | None = None
 
     def arguments(self) -> list[str]:
         """The command line that says the same."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import __version__, cli_dead, cli_jobs, cli_keys, cli_queue
+from . import __version__, cli_dead, cli_jobs, cli_keys, cli_models, cli_queue
 from .choices import Device, Dtype, EngineName, WorkerOptions
 from .cli_common import EXIT_USAGE, RedisUrl, StateDir, load_settings
 from .errors import ConfigurationError
@@ -23,6 +23,7 @@ app.add_typer(cli_keys.app)
 app.add_typer(cli_jobs.app)
 app.add_typer(cli_dead.app)
 app.add_typer(cli_queue.app)
+app.add_typer(cli_models.app)
 
 Host = Annotated[str | None, typer.Option("--host", help="Address to listen on. [default: 127.0.0.1]")]
 Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="[default: 8000]")]
@@ -35,6 +36,14 @@ Slots = Annotated[int | None, typer.Option("--slots", min=1, help="Jobs at a tim
 OnDevice = Annotated[Device, typer.Option("--device", help="auto: the first accelerator, else the CPU.")]
 InDtype = Annotated[Dtype, typer.Option("--dtype", help="auto: the checkpoint's own.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of torch. [default: cores - 1]")]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        metavar="NAME|FILE",
+        help="A family (fastchat-q models families), a .jinja file, or a .toml row. [default: the model's own]",
+    ),
+]
 NoSupervise = Annotated[
     bool, typer.Option("--no-supervise", help="Run the engine in this process; something else starts it again.")
 ]
@@ -74,6 +83,7 @@ def up(
     dtype: InDtype = "auto",
     threads: Threads = None,
     token_delay_ms: TokenDelay = 20.0,
+    chat_template: ChatTemplate = None,
 ) -> None:
     """Run everything: embedded Redis, API, one worker, orchestrator."""
     import asyncio
@@ -86,7 +96,7 @@ def up(
         host=host, port=port, state_dir=state_dir, redis_url=redis_url, auth=False if no_auth else None, drain_s=drain_s
     )
     check_exposure(settings)
-    worker = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms)
+    worker = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms, chat_template)
     arguments = (*worker.arguments(), "--drain-s", str(settings.drain_s))
     lock = hold_lock(settings.state_dir, http_base(settings.host, settings.port))
     with lock:
@@ -124,6 +134,7 @@ def worker(
     dtype: InDtype = "auto",
     threads: Threads = None,
     token_delay_ms: TokenDelay = 20.0,
+    chat_template: ChatTemplate = None,
     state_dir: StateDir = None,
     redis_url: RedisUrl = None,
     drain_s: DrainS = None,
@@ -137,7 +148,7 @@ def worker(
     logs.configure()
     settings = load_settings(state_dir=state_dir, redis_url=redis_url, drain_s=drain_s)
     url = settings.resolved_redis_url
-    options = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms)
+    options = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms, chat_template)
     if no_supervise:
         from .workers import main
         from .workers.worker import Limits

@@ -14,6 +14,7 @@ from fastchat_q.errors import ConfigurationError
 from fastchat_q.models import served_name
 
 from .active import Links
+from .adapters import Generates
 from .engines.base import Engine
 from .watch import EngineHungError
 from .worker import Limits, Worker
@@ -71,7 +72,11 @@ def build_engine(options: WorkerOptions) -> Engine:
         ) from error
     loading.set_threads(options.threads)
     log.info("loading", model=options.model, device=options.device, dtype=options.dtype)
-    loaded = loading.load(options.model, options.device, options.dtype)
+    loaded = loading.load(options.model, options.device, options.dtype, chat_template=options.chat_template)
+    if isinstance(loaded.adapter, Generates):
+        from .engines.adapted import AdaptedEngine
+
+        return AdaptedEngine(name, slots, loaded, loaded.adapter)
     return transformers_engine.build(name, slots, loaded)
 
 

@@ -8,11 +8,22 @@ from typing import Any
 
 import structlog
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from fastchat_q.workers import adapters
+from fastchat_q.workers.families import Choice
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from fastchat_q.choices import Device, Dtype
 from fastchat_q.errors import ConfigurationError
 from fastchat_q.models import BUILTIN
+
+from .rendering import give_template, stop_ids
 
 log = structlog.get_logger()
 
@@ -45,15 +56,19 @@ class Loaded:
     device: torch.device
     context_length: int | None
     eos_ids: frozenset[int]
+    chat: Choice | None = None
+    """Its family and chat template; None: the tokenizer's own, of a family that is not known."""
+    adapter: adapters.Adapter | None = None
 
 
-def load(source: str, device: Device = "auto", dtype: Dtype = "auto") -> Loaded:
+def load(source: str, device: Device = "auto", dtype: Dtype = "auto", *, chat_template: str | None = None) -> Loaded:
     """Loads a causal LM and its tokenizer; weights as safetensors only, and no code from the checkpoint.
 
     Args:
         source: a built-in name, a local folder, or a Hugging Face hub id.
         device: ``auto`` takes the first accelerator that is there, else the CPU.
         dtype: ``auto`` takes the checkpoint's own, but float32 instead of float16 on a CPU, which has no fast half.
+        chat_template: the name of a family or a file; None: the tokenizer's own, or what the model's card names.
 
     Raises:
         ConfigurationError: it cannot be loaded; the message says why and what to do.
@@ -63,31 +78,47 @@ def load(source: str, device: Device = "auto", dtype: Dtype = "auto") -> Loaded:
     if _looks_like_a_folder(source) and not Path(path).is_dir():
         raise ConfigurationError(f"Model {source!r} cannot be loaded: there is no such folder.")
     try:
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        both: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=_pick_dtype(dtype, config, target), use_safetensors=True, output_loading_info=True
-        )
-        model, report = both
+        entries = PretrainedConfig.get_config_dict(path)[0]
+        adapter = adapters.find(entries)
+        if isinstance(adapter, adapters.Loads):
+            model, tokenizer = adapter.load(
+                path, device=target, dtype=None if dtype == "auto" else getattr(torch, dtype)
+            )
+        else:
+            model, tokenizer = _from_pretrained(source, path, dtype, target)
+    except ConfigurationError:
+        raise
     except Exception as error:  # a broken checkpoint may raise anything: KeyError, SafetensorError, RuntimeError
         raise ConfigurationError(f"Model {source!r} cannot be loaded: {_first_line(error)}") from error
-    if missing := sorted(report["missing_keys"]):  # these would be random numbers, and so would the answers
-        raise ConfigurationError(
-            f"Model {source!r} cannot be loaded: its files hold no weights for {len(missing)} tensors, such as "
-            f"{missing[0]}. Download it again, or correct its config.json."
-        )
-    if tokenizer.chat_template is None:
-        raise ConfigurationError(
-            f"Model {source!r} has no chat template in its tokenizer, so it cannot take chat messages. "
-            "Use an instruction-tuned variant of it."
-        )
+    chat = None
+    if not isinstance(adapter, adapters.Templates):
+        chat = give_template(tokenizer, source, path, entries, chat_template)
+        log.info("chat template", model=source, family=chat.family.name, template=chat.why)
     try:
         torch.nn.Module.to(model, target)
         torch.nn.Module.eval(model)
     except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
         raise ConfigurationError(f"Model {source!r} does not fit on {target}: {_first_line(error)}") from error
     _warn_of_ignored_settings(source, model)
-    return Loaded(model, tokenizer, target, _context_length(config), _eos_ids(model, tokenizer))
+    eos_ids = _eos_ids(model, tokenizer) | (stop_ids(tokenizer, chat) if chat is not None else frozenset())
+    return Loaded(model, tokenizer, target, _context_length(model.config), eos_ids, chat, adapter)
+
+
+def _from_pretrained(
+    source: str, path: str, dtype: Dtype, target: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    config = AutoConfig.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    both: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=_pick_dtype(dtype, config, target), use_safetensors=True, output_loading_info=True
+    )
+    model, report = both
+    if missing := sorted(report["missing_keys"]):  # these would be random numbers, and so would the answers
+        raise ConfigurationError(
+            f"Model {source!r} cannot be loaded: its files hold no weights for {len(missing)} tensors, such as "
+            f"{missing[0]}. Download it again, or correct its config.json."
+        )
+    return model, tokenizer
 
 
 def pick_device(device: Device) -> torch.device:
@@ -134,7 +165,7 @@ def _context_length(config: Any) -> int | None:
 
 def _warn_of_ignored_settings(source: str, model: PreTrainedModel) -> None:
     """Says which parts of the model's generation_config.json ``generate`` would apply and this engine does not."""
-    config = model.generation_config
+    config = getattr(model, "generation_config", None)  # an adapter's model may know no `generate`
     ignored = {
         name: value
         for name, neutral in PROCESSORS.items()
@@ -146,7 +177,7 @@ def _warn_of_ignored_settings(source: str, model: PreTrainedModel) -> None:
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """What ends a generation: the ids that ``generate`` stops at, or else the tokenizer's."""
-    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if eos is None:
         eos = tokenizer.eos_token_id
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
