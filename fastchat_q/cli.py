@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from . import __version__, cli_dead, cli_jobs, cli_keys, cli_queue
-from .choices import Device, Dtype, EngineName, WorkerOptions
-from .cli_common import EXIT_USAGE, RedisUrl, StateDir, load_settings
+from .choices import Device, Dtype, EngineName, LoadOptions, WorkerOptions
+from .cli_common import EXIT_USAGE, AsJson, RedisUrl, StateDir, load_settings, with_options
 from .errors import ConfigurationError
 
 app = typer.Typer(
@@ -59,6 +59,7 @@ def root(
 
 
 @app.command()
+@with_options(LoadOptions)
 def up(
     host: Host = None,
     port: Port = None,
@@ -74,6 +75,8 @@ def up(
     dtype: InDtype = "auto",
     threads: Threads = None,
     token_delay_ms: TokenDelay = 20.0,
+    *,
+    load: LoadOptions,
 ) -> None:
     """Run everything: embedded Redis, API, one worker, orchestrator."""
     import asyncio
@@ -86,7 +89,7 @@ def up(
         host=host, port=port, state_dir=state_dir, redis_url=redis_url, auth=False if no_auth else None, drain_s=drain_s
     )
     check_exposure(settings)
-    worker = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms)
+    worker = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms, load)
     arguments = (*worker.arguments(), "--drain-s", str(settings.drain_s))
     lock = hold_lock(settings.state_dir, http_base(settings.host, settings.port))
     with lock:
@@ -115,6 +118,7 @@ def serve(
 
 
 @app.command()
+@with_options(LoadOptions)
 def worker(
     model: Model = "tiny",
     name: Name = None,
@@ -129,6 +133,8 @@ def worker(
     drain_s: DrainS = None,
     no_supervise: NoSupervise = False,
     worker_id: WorkerId = None,
+    *,
+    load: LoadOptions,
 ) -> None:
     """Run a worker for one model: an engine in a process of its own, and a supervisor for it."""
     from . import logs
@@ -137,7 +143,7 @@ def worker(
     logs.configure()
     settings = load_settings(state_dir=state_dir, redis_url=redis_url, drain_s=drain_s)
     url = settings.resolved_redis_url
-    options = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms)
+    options = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms, load)
     if no_supervise:
         from .workers import main
         from .workers.worker import Limits
@@ -159,6 +165,34 @@ def worker(
         stall_s=settings.stall_s,
     )
     parent.run(process, url)
+
+
+@app.command()
+@with_options(LoadOptions)
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, a local folder, or a Hugging Face hub id.")],
+    device: OnDevice = "auto",
+    dtype: InDtype = "auto",
+    slots: Annotated[int, typer.Option("--slots", min=1, help="Jobs at a time.")] = 16,
+    context_length: Annotated[
+        int | None, typer.Option("--context-length", min=1, help="Tokens per slot. [default: the model's context]")
+    ] = None,
+    as_json: AsJson = False,
+    *,
+    load: LoadOptions,
+) -> None:
+    """Count the memory that a model would take, without loading its weights."""
+    from . import cli_plan
+    from .cli_common import print_json
+
+    try:
+        from .workers.engines.plan import plan as count
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"A plan needs {error.name}, which is not installed: pip install 'fastchat-q[worker]'."
+        ) from error
+    found = count(model, device, dtype, load, slots, context_length).document()
+    print_json(found) if as_json else cli_plan.show(found)
 
 
 @app.command()

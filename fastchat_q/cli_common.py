@@ -1,13 +1,18 @@
 """What the commands for operators share: options, exit codes, one connection, tables and JSON."""
 
+import functools
+import inspect
 import json
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
+
+from .choices import flag
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -24,6 +29,37 @@ RedisUrl = Annotated[
 StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Where data, key and logs are kept.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")]
 T = TypeVar("T")
+
+
+def with_options(kind: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for each field of a dataclass; it gets them as one object, its argument ``load``."""
+    types = get_type_hints(kind)
+
+    def option(entry: "Field[Any]") -> inspect.Parameter:
+        shape = typer.Option(flag(entry.name), **entry.metadata)
+        kind_of = Annotated[types[entry.name], shape]
+        return inspect.Parameter(
+            entry.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=entry.default,
+            annotation=Annotated[types[entry.name], shape],
+        )
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [parameter for name, parameter in signature.parameters.items() if name != "load"]
+        added = [option(entry) for entry in fields(kind)]
+
+        @functools.wraps(command)
+        def run(*args: Any, **values: Any) -> None:
+            load = kind(**{parameter.name: values.pop(parameter.name) for parameter in added})
+            command(*args, load=load, **values)
+
+        run.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)} | {"return": None}
+        return run
+
+    return decorate
 
 
 def load_settings(**flags: Any) -> "Settings":

@@ -63,16 +63,16 @@ def build_engine(options: WorkerOptions) -> Engine:
 
         return EchoEngine(name, slots, options.token_delay_ms / 1000)
     try:
-        from .engines import loading
+        from .engines import devices, loading
         from .engines.transformers_engine import TransformersEngine
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"The transformers engine needs {error.name}, which is not installed: pip install 'fastchat-q[worker]', "
             "or take --engine echo, which needs no model."
         ) from error
-    loading.set_threads(options.threads)
+    devices.set_threads(options.threads)
     log.info("loading", model=options.model, device=options.device, dtype=options.dtype)
-    loaded = loading.load(options.model, options.device, options.dtype)
+    loaded = loading.load(options.model, options.device, options.dtype, options.load)
     return TransformersEngine(name, slots, loaded)
 
 
