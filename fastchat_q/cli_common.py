@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from .settings import Settings
 
+KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 EXIT_FAILED, EXIT_USAGE, EXIT_REDIS, EXIT_NOT_FOUND = 1, 2, 3, 4
 REACH_S = 5.0
 
@@ -36,14 +37,9 @@ def with_options(kind: type[Any]) -> Callable[[Callable[..., None]], Callable[..
     types = get_type_hints(kind)
 
     def option(entry: "Field[Any]") -> inspect.Parameter:
-        shape = typer.Option(flag(entry.name), **entry.metadata)
-        kind_of = Annotated[types[entry.name], shape]
-        return inspect.Parameter(
-            entry.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=entry.default,
-            annotation=Annotated[types[entry.name], shape],
-        )
+        form: Any = Annotated
+        annotation = form[types[entry.name], typer.Option(flag(entry.name), **entry.metadata)]
+        return inspect.Parameter(entry.name, KEYWORD_ONLY, default=entry.default, annotation=annotation)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)

@@ -34,7 +34,7 @@ BUILTIN_DIRS = {name: Path(__file__).parent / name / "model" for name in BUILTIN
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*")
 """Configuration and tokenizer of a checkpoint."""
-TRIES = (HfHubHTTPError, OfflineModeIsEnabled, HFValidationError, OSError, httpx2.HTTPError)
+TROUBLE = (HfHubHTTPError, OfflineModeIsEnabled, HFValidationError, OSError, httpx2.HTTPError)
 """What the hub's client raises."""
 
 

@@ -92,7 +92,7 @@ def weight_bytes(model: PreTrainedModel, method: str | None) -> int:
     """Parameters and buffers, each once, with those that the method quantises at their new size."""
     sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in _tensors(model)}
     if method in {"bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8wo", "torchao-int4wo"}:
-        skipped = get_keys_to_not_convert(model)  # type: ignore[no-untyped-call]
+        skipped = get_keys_to_not_convert(model)
         kinds = (torch.nn.Linear, Conv1D) if method.startswith("bitsandbytes") else (torch.nn.Linear,)
         for name, module in model.named_modules():
             if isinstance(module, kinds) and not any(name == key or name.endswith(f".{key}") for key in skipped):

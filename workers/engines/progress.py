@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import structlog
-from huggingface_hub.utils import tqdm as hub_bar
+from huggingface_hub.utils.tqdm import tqdm as hub_bar
 from transformers.utils import logging as transformers_logging
 
 log = structlog.get_logger()
@@ -46,9 +46,11 @@ class Progress:
         """A class for huggingface_hub's bars that reports the bytes of a whole download."""
         progress = self
 
-        class Bar(hub_bar):  # type: ignore[misc,type-arg]
+        class Bar(hub_bar):
             def __init__(self, *args: Any, **options: Any) -> None:
-                super().__init__(*args, **options | {"disable": not progress._terminal})
+                super().__init__(  # type: ignore[no-untyped-call]
+                    *args, **options | {"disable": not progress._terminal}
+                )
                 self._bytes = options.get("unit") == "B"
                 self._done = float(options.get("initial", 0))
 

@@ -97,9 +97,9 @@ def arguments(method: str | None, dtype: torch.dtype) -> dict[str, Any]:
     """What ``from_pretrained`` is told of a method that works while loading."""
     match method:
         case "bitsandbytes-8bit":
-            return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+            return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}  # type: ignore[no-untyped-call]
         case "bitsandbytes-4bit":
-            four = BitsAndBytesConfig(
+            four = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
@@ -131,7 +131,7 @@ def settle(model: PreTrainedModel, method: str | None) -> None:
     """
     if method not in {"bitsandbytes-4bit", "bitsandbytes"}:
         return
-    from bitsandbytes.nn import Linear4bit  # type: ignore[import-untyped,unused-ignore]
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit) and module.in_features % NF4_BLOCK:
