@@ -149,7 +149,9 @@ def _weights(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Accelerators have a type for it; the CPU's allocator raises a RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "Cannot allocate memory"))
 
 
 def _check_room(

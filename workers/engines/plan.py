@@ -1,7 +1,7 @@
 """``fastchat-q plan``: the memory of a model before it is loaded, and the options with which it fits."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -82,13 +82,13 @@ def plan(
     tokens = min(tokens or length or 4096, length or tokens or 4096)
     own = pick_dtype(dtype, config, target)
     stored = _stored(source, files, options)
-    places = all_memory(target)
+    places = [_limited(place, options) for place in all_memory(target)]
     method = choose(options.quantization, source, config, target, gguf=files.gguf is not None)
     count = _Counter(source, config, options, slots, tokens, stored)
-    asked = _variant(count, own, method, places, options, target)
+    asked = _variant(count, own, method, places, target)
     others = []
     if method is None:
-        others = list(_others(count, own, places, options, target))
+        others = list(_others(count, own, places, target))
     print_of = count.footprint(own, method)
     return Plan(
         source,
@@ -186,7 +186,6 @@ def _variant(
     dtype: torch.dtype,
     method: str | None,
     places: list[Place],
-    options: LoadOptions,
     target: torch.device,
 ) -> Variant:
     found = count.footprint(dtype, method)
@@ -196,18 +195,15 @@ def _variant(
     words = [f"--dtype {name}"]
     if method is not None and method in METHODS and METHODS[method].on_the_fly:
         words.append(f"--quantization {method}")
-    fits, more = _fit(found.weights, total, places, options, target)
+    fits, more = _fit(found.weights, total, places, target)
     return Variant(name, method or "none", found.weights, cache, found.working, total, fits, " ".join([*words, *more]))
 
 
-def _fit(
-    weights: int, total: int, places: list[Place], options: LoadOptions, target: torch.device
-) -> tuple[str | None, list[str]]:
+def _fit(weights: int, total: int, places: list[Place], target: torch.device) -> tuple[str | None, list[str]]:
     """Where it would lie, and the options for that."""
     cpu = places[-1]
     if target.type == "cpu":
-        room = parse_bytes(options.max_cpu_memory, "--max-cpu-memory") if options.max_cpu_memory else cpu.free
-        return ("cpu", []) if total <= room else (None, [])
+        return ("cpu", []) if total <= cpu.free else (None, [])
     gpus = places[:-1]
     room = 0
     for number, gpu in enumerate(gpus, 1):
@@ -222,16 +218,22 @@ def _fit(
     return None, []
 
 
-def _others(
-    count: _Counter, own: torch.dtype, places: list[Place], options: LoadOptions, target: torch.device
-) -> Iterator[Variant]:
+def _limited(place: Place, options: LoadOptions) -> Place:
+    """With what the options leave of it."""
+    limit, option = options.max_gpu_memory, "--max-gpu-memory"
+    if place.name == "cpu":
+        limit, option = options.max_cpu_memory, "--max-cpu-memory"
+    return place if limit is None else replace(place, free=min(place.free, parse_bytes(limit, option)))
+
+
+def _others(count: _Counter, own: torch.dtype, places: list[Place], target: torch.device) -> Iterator[Variant]:
     for dtype in (torch.float32, torch.bfloat16):
         if dtype != own:
-            yield _variant(count, dtype, None, places, options, target)
+            yield _variant(count, dtype, None, places, target)
     half = own if BYTES.get(own) == 2 else torch.bfloat16
     for name, method in METHODS.items():
         if method.on_the_fly and (method.devices is None or target.type in method.devices):
-            yield _variant(count, half, name, places, options, target)
+            yield _variant(count, half, name, places, target)
 
 
 def _advice(
