@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_token, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, get_token, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -67,7 +67,7 @@ def fetch(source: str, options: LoadOptions, progress: Progress) -> Files:
         raise ConfigurationError(f"Model {source!r} cannot be loaded: {in_words(error, repo, options)}") from error
 
 
-def fetch_config(source: str, options: LoadOptions) -> Files:
+def fetch_config(source: str, options: LoadOptions, progress: Progress) -> Files:
     """The same without weights."""
     local = local_path(source)
     if local is not None:
@@ -77,9 +77,12 @@ def fetch_config(source: str, options: LoadOptions) -> Files:
         raise ConfigurationError(f"A plan of a GGUF file needs the file: download {gguf} of {repo} and name its path.")
     wanted = [*SMALL_FILES, *(["*.py"] if options.trust_remote_code else [])]
     try:
-        return Files(Path(snapshot_download(repo, revision=options.revision, allow_patterns=wanted)))
+        folder = snapshot_download(
+            repo, revision=options.revision, allow_patterns=wanted, tqdm_class=progress.bars(0), max_workers=4
+        )
     except TROUBLE as error:
         raise ConfigurationError(f"Model {source!r} cannot be planned: {in_words(error, repo, options)}") from error
+    return Files(Path(folder))
 
 
 def local_path(source: str) -> Path | None:
@@ -157,22 +160,21 @@ def _download(repo: str, gguf: str | None, options: LoadOptions, progress: Progr
     total = sum(entry.size or 0 for entry in info.siblings or () if entry.rfilename in wanted)
     _check_disk(repo, info, total)
     folder = snapshot_download(
-        repo, revision=info.sha, allow_patterns=sorted(wanted), tqdm_class=progress.bars(total), max_workers=4
+        repo, revision=options.revision, allow_patterns=sorted(wanted), tqdm_class=progress.bars(total), max_workers=4
     )
     progress.report("download", 1, 1)
     return Files(Path(folder), gguf, pickled)
 
 
 def _cached(repo: str, gguf: str | None, options: LoadOptions, error: Exception) -> Files:
-    """The hub is away: what an earlier download left, if it is whole."""
-    if gguf is not None:
-        path = Path(hf_hub_download(repo, gguf, revision=options.revision, local_files_only=True))
-        return Files(path.parent, path.name)
-    folder = Path(snapshot_download(repo, revision=options.revision, local_files_only=True))
-    names = {path.name for path in folder.iterdir()}
-    if not names & {"config.json"}:
+    """The hub is away: what an earlier download left."""
+    path = try_to_load_from_cache(repo, gguf or "config.json", revision=options.revision)
+    if not isinstance(path, str):
         raise error
-    return Files(folder, pickled=_is_pickled(repo, names, options))
+    if gguf is not None:
+        return Files(Path(path).parent, Path(path).name)
+    folder = Path(path).parent
+    return Files(folder, pickled=_is_pickled(repo, {file.name for file in folder.iterdir()}, options))
 
 
 def _is_pickled(source: str, names: set[str], options: LoadOptions) -> bool:

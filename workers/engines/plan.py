@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from huggingface_hub import get_safetensors_metadata
+from huggingface_hub import HfApi
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from fastchat_q.choices import Device, Dtype, LoadOptions
@@ -16,6 +16,7 @@ from .checkpoint import stored_bytes
 from .configs import context_length, model_class
 from .devices import SHARE, Place, all_memory, parse_bytes, pick_device
 from .memory import Footprint, footprint, skeleton
+from .progress import Progress
 from .quantization import METHODS, choose, dtype_for
 
 PREFILL = 512
@@ -76,7 +77,7 @@ def plan(
         ConfigurationError: there is no such model, or it cannot be counted.
     """
     target = pick_device(device)
-    files = hub.fetch_config(source, options)
+    files = hub.fetch_config(source, options, Progress(source))
     config = read_config(source, files, options)
     length = context_length(config, options.max_model_len)
     tokens = min(tokens or length or 4096, length or tokens or 4096)
@@ -263,7 +264,7 @@ def _stored(source: str, files: hub.Files, options: LoadOptions) -> tuple[int, i
     if hub.local_path(source) is not None:
         return stored_bytes(source, files.folder)
     try:
-        metadata = get_safetensors_metadata(source, revision=options.revision)
+        metadata = HfApi().get_safetensors_metadata(source, revision=options.revision)
     except Exception:
         return None  # a checkpoint without safetensors, or one in a layout of its own: its config is counted
     sizes = [
