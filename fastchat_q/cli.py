@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from . import __version__, cli_dead, cli_jobs, cli_keys, cli_models, cli_queue
-from .choices import Device, Dtype, EngineName, WorkerOptions
-from .cli_common import EXIT_USAGE, RedisUrl, StateDir, load_settings
+from .choices import Device, Dtype, EngineName, LoadOptions, WorkerOptions
+from .cli_common import EXIT_USAGE, AsJson, RedisUrl, StateDir, load_settings, with_options
 from .errors import ConfigurationError
 
 app = typer.Typer(
@@ -36,14 +36,6 @@ Slots = Annotated[int | None, typer.Option("--slots", min=1, help="Jobs at a tim
 OnDevice = Annotated[Device, typer.Option("--device", help="auto: the first accelerator, else the CPU.")]
 InDtype = Annotated[Dtype, typer.Option("--dtype", help="auto: the checkpoint's own.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of torch. [default: cores - 1]")]
-ChatTemplate = Annotated[
-    str | None,
-    typer.Option(
-        "--chat-template",
-        metavar="NAME|FILE",
-        help="A family (fastchat-q models families), a .jinja file, or a .toml row. [default: the model's own]",
-    ),
-]
 NoSupervise = Annotated[
     bool, typer.Option("--no-supervise", help="Run the engine in this process; something else starts it again.")
 ]
@@ -68,6 +60,7 @@ def root(
 
 
 @app.command()
+@with_options(load=LoadOptions)
 def up(
     host: Host = None,
     port: Port = None,
@@ -83,7 +76,8 @@ def up(
     dtype: InDtype = "auto",
     threads: Threads = None,
     token_delay_ms: TokenDelay = 20.0,
-    chat_template: ChatTemplate = None,
+    *,
+    load: LoadOptions,
 ) -> None:
     """Run everything: embedded Redis, API, one worker, orchestrator."""
     import asyncio
@@ -96,7 +90,7 @@ def up(
         host=host, port=port, state_dir=state_dir, redis_url=redis_url, auth=False if no_auth else None, drain_s=drain_s
     )
     check_exposure(settings)
-    worker = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms, chat_template)
+    worker = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms, load)
     arguments = (*worker.arguments(), "--drain-s", str(settings.drain_s))
     lock = hold_lock(settings.state_dir, http_base(settings.host, settings.port))
     with lock:
@@ -125,6 +119,7 @@ def serve(
 
 
 @app.command()
+@with_options(load=LoadOptions)
 def worker(
     model: Model = "tiny",
     name: Name = None,
@@ -134,12 +129,13 @@ def worker(
     dtype: InDtype = "auto",
     threads: Threads = None,
     token_delay_ms: TokenDelay = 20.0,
-    chat_template: ChatTemplate = None,
     state_dir: StateDir = None,
     redis_url: RedisUrl = None,
     drain_s: DrainS = None,
     no_supervise: NoSupervise = False,
     worker_id: WorkerId = None,
+    *,
+    load: LoadOptions,
 ) -> None:
     """Run a worker for one model: an engine in a process of its own, and a supervisor for it."""
     from . import logs
@@ -148,7 +144,7 @@ def worker(
     logs.configure()
     settings = load_settings(state_dir=state_dir, redis_url=redis_url, drain_s=drain_s)
     url = settings.resolved_redis_url
-    options = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms, chat_template)
+    options = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms, load)
     if no_supervise:
         from .workers import main
         from .workers.worker import Limits
@@ -170,6 +166,34 @@ def worker(
         stall_s=settings.stall_s,
     )
     parent.run(process, url)
+
+
+@app.command()
+@with_options(load=LoadOptions)
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, a local folder, or a Hugging Face hub id.")],
+    device: OnDevice = "auto",
+    dtype: InDtype = "auto",
+    slots: Annotated[int, typer.Option("--slots", min=1, help="Jobs at a time.")] = 16,
+    context_length: Annotated[
+        int | None, typer.Option("--context-length", min=1, help="Tokens per slot. [default: the model's context]")
+    ] = None,
+    as_json: AsJson = False,
+    *,
+    load: LoadOptions,
+) -> None:
+    """Count the memory that a model would take, without loading its weights."""
+    from . import cli_plan
+    from .cli_common import print_json
+
+    try:
+        from .workers.engines.plan import plan as count
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"A plan needs {error.name}, which is not installed: pip install 'fastchat-q[worker]'."
+        ) from error
+    found = count(model, device, dtype, load, slots, context_length).document()
+    print_json(found) if as_json else cli_plan.show(found)
 
 
 @app.command()

@@ -64,15 +64,15 @@ def build_engine(options: WorkerOptions) -> Engine:
 
         return EchoEngine(name, slots, options.token_delay_ms / 1000)
     try:
-        from .engines import loading, transformers_engine
+        from .engines import devices, loading, transformers_engine
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"The transformers engine needs {error.name}, which is not installed: pip install 'fastchat-q[worker]', "
             "or take --engine echo, which needs no model."
         ) from error
-    loading.set_threads(options.threads)
+    devices.set_threads(options.threads)
     log.info("loading", model=options.model, device=options.device, dtype=options.dtype)
-    loaded = loading.load(options.model, options.device, options.dtype, chat_template=options.chat_template)
+    loaded = loading.load(options.model, options.device, options.dtype, options.load)
     if isinstance(loaded.adapter, Generates):
         from .engines.adapted import AdaptedEngine
 

@@ -12,6 +12,7 @@ import pytest
 from fastchat_q.workers.engines.loading import load
 from fastchat_q.workers.engines.rendering import Renderer
 
+from fastchat_q.choices import LoadOptions
 from fastchat_q.errors import ConfigurationError
 from fastchat_q.jobs import Job, Message
 from tests.servers import wait_until
@@ -97,7 +98,9 @@ def test_the_model_card_names_a_family(shop: Path) -> None:
 )
 def test_a_template_is_asked_for(shop: Path, wanted: str, family: str, prompt: str) -> None:
     path = shop / wanted
-    loaded = load(str(shop / "bare-model"), "cpu", chat_template=str(path) if path.exists() else wanted)
+    loaded = load(
+        str(shop / "bare-model"), "cpu", options=LoadOptions(chat_template=str(path) if path.exists() else wanted)
+    )
     assert loaded.chat is not None
     assert loaded.chat.family.name == family
     job = Job(id="j", model="m", messages=(Message(role="user", content="Hello!"),))
