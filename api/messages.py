@@ -1,8 +1,9 @@
 """The messages of a chat request, in OpenAI's shape, and how they become the turns that a chat template takes."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from fastchat_q.jobs import Message, Part, Role
 
@@ -24,6 +25,11 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "refusal": (None,),
 }
 """Fields of an answer's message that clients send back with it in the next turn, and the values that say nothing."""
+
+
+def _without(name: str) -> Callable[[Any], Any]:
+    """Takes a field out that the official client adds to an answer and sends back: it repeats what another one says."""
+    return lambda data: {key: data[key] for key in data if key != name} if isinstance(data, dict) else data
 
 
 class ImageUrl(Strict):
@@ -63,7 +69,7 @@ class ToolCall(Strict):
 
     id: Text
     type: Literal["function"] = "function"
-    function: CalledFunction
+    function: Annotated[CalledFunction, BeforeValidator(_without("parsed_arguments"))]
 
 
 class ChatMessage(Strict):
@@ -72,7 +78,7 @@ class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[ContentPart], Field(min_length=1)] | None = None
     name: Text | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[Annotated[ToolCall, BeforeValidator(_without("index"))]] | None = None
     """Of an assistant."""
     tool_call_id: Text | None = None
     """Of a tool: the call that it answers."""
@@ -84,7 +90,7 @@ class ChatMessage(Strict):
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_is_not_supported(cls, data: Any) -> Any:
-        return without_neutral(data, NOT_SUPPORTED)
+        return without_neutral(_without("parsed")(data), NOT_SUPPORTED)
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
