@@ -57,4 +57,11 @@ async def readyz(request: Request) -> JSONResponse:
 
 
 def _model(card: ModelCard) -> dict[str, Any]:
-    return {"id": card.name, "object": "model", "created": card.created, "owned_by": "fastchat-q"}
+    shown = {"id": card.name, "object": "model", "created": card.created, "owned_by": "fastchat-q"}
+    return shown | _abilities(card)
+
+
+def _abilities(card: ModelCard) -> dict[str, Any]:
+    """Extensions: under vLLM's names where it has one (``parent``: the model that an adapter changes), and our own."""
+    parent = {} if card.base is None else {"parent": card.base}
+    return {"max_model_len": card.context_length, "kind": card.kind, "features": list(card.features), **parent}

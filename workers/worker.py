@@ -11,6 +11,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from fastchat_q import keys
+from fastchat_q.abilities import check_can_do
 from fastchat_q.connection import TRANSIENT
 from fastchat_q.errors import FastchatQError, InvalidRequestError, JobFailedError, RetryableError
 from fastchat_q.events import Piece, Result
@@ -161,6 +162,7 @@ class Worker:
             return  # cancelled while those before it were begun
         try:
             job = Job.from_spec(claim.spec)
+            check_can_do(self._engine.card, job)
             prior: tuple[Piece, ...] = ()
             if claim.n:
                 deltas = await read_claimed(self._links.commands, self._model, claim)
