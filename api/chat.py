@@ -16,7 +16,7 @@ from fastchat_q.queue import KEEP_S, Terms
 from fastchat_q.tenants import Caller
 
 from . import render
-from .admission import admit
+from .admission import admit, resolve
 from .auth import caller_of
 from .limits import NOTHING, Reservation
 from .problems import error_response
@@ -28,6 +28,8 @@ router = APIRouter(tags=["chat"])
 
 CLIENT_CLOSED_REQUEST = 499
 MAX_IDEMPOTENCY_KEY = 255
+MODEL_HEADER = "x-fastchat-q-model"
+"""The model that the answer is of; the body names what was asked for, which may be an alias."""
 
 
 @router.post(
@@ -40,11 +42,14 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     service = service_of(request)
     job, caller = body.to_job(), caller_of(request)
     idempotency = _idempotency(body, request)
+    key_digest = idempotency[0] if idempotency else ""
+    model = await resolve(service.catalog, service.queue, caller.tenant, body.model, job.id, key_digest)
+    job = job.model_copy(update={"model": model})
     known = idempotency is not None and await service.queue.is_known(job.model, caller.tenant, idempotency[0])
     if not known:  # an answer that is there needs no worker
-        await admit(service.catalog, caller, job.model, job.lane)
+        await admit(service.catalog, caller, job.model, job.lane, asked=body.model)
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
-    view = render.View(job.id, job.model, int(time.time()), job.lane, include_usage)
+    view = render.View(job.id, body.model, int(time.time()), job.lane, include_usage)
     terms = _terms(service, caller, body, job, view, idempotency)
     reservation = Reservation(caller) if known else await service.limits.reserve(caller, job)
     try:
@@ -54,7 +59,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         raise
     if stream.view:  # the idempotency key found an earlier job
         view = render.View.from_json(stream.view)
-    headers = {"x-job-id": public_job_id(job.model, stream.job_id), **reservation.headers}
+    headers = {MODEL_HEADER: job.model, "x-job-id": public_job_id(job.model, stream.job_id), **reservation.headers}
 
     def leave() -> None:
         service.relay.leave(stream, grace_s)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import __version__, cli_dead, cli_jobs, cli_keys, cli_queue
+from . import __version__, cli_dead, cli_jobs, cli_keys, cli_models, cli_queue
 from .choices import Device, Dtype, EngineName, WorkerOptions
 from .cli_common import EXIT_USAGE, RedisUrl, StateDir, load_settings
 from .errors import ConfigurationError
@@ -23,6 +23,7 @@ app.add_typer(cli_keys.app)
 app.add_typer(cli_jobs.app)
 app.add_typer(cli_dead.app)
 app.add_typer(cli_queue.app)
+app.add_typer(cli_models.app)
 
 Host = Annotated[str | None, typer.Option("--host", help="Address to listen on. [default: 127.0.0.1]")]
 Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="[default: 8000]")]

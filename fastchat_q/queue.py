@@ -268,6 +268,11 @@ class Queue:
         back, dead = await self._call("disown", model, (worker_id, int(crashed), reason, *known))
         return back, dead
 
+    async def model_of_key(self, tenant: str, key_digest: str) -> str | None:
+        """The slug of the model that the client's idempotency key was used for."""
+        used_for: bytes | None = await self._redis.get(keys.idempotent_model(tenant, key_digest))
+        return None if used_for is None else used_for.decode()
+
     async def is_known(self, model: str, tenant: str, key_digest: str) -> bool:
         """Whether the client's idempotency key has a job of this model."""
         names = keys.model_keys(model)

@@ -19,8 +19,8 @@ REGISTRATION_TTL_S = 15
 FORGET_MODEL_S = 24 * 3600
 FORGET_WORKER_S = 3600
 
-State = Literal["loading", "serving", "draining", "crashed"]
-"""``crashed``: it waits until it is started again."""
+State = Literal["idle", "loading", "serving", "draining", "crashed"]
+"""``idle``: it is loaded when a job comes; ``crashed``: it waits until it is started again."""
 
 
 def process_id(kind: str) -> str:
@@ -63,6 +63,14 @@ class Registration:
     """How often that has happened."""
     reason: str = ""
     """Why it ended the last time."""
+    on_demand: bool = False
+    """The entry is of who loads the model when a job comes; once it is loaded, its own process has an entry."""
+    progress: float = 0.0
+    """How much of the loading is done, 0 to 1."""
+    phase: str = ""
+    """What of the loading is under way."""
+    retry_in_s: int = 0
+    """Of a model that could not be loaded: how long it is not tried again."""
 
     @classmethod
     def of_this_process(cls, worker_id: str, card: ModelCard, slots: int, supervisor: int = 0) -> "Registration":
@@ -85,6 +93,13 @@ class Registration:
         """Whether its model is loaded and its process there."""
         return self.state in ("serving", "draining")
 
+    @property
+    def expects_jobs(self) -> bool:
+        """Whether a job may wait for its model to be loaded: nothing speaks against that it will be."""
+        if self.on_demand:
+            return self.state != "crashed"
+        return self.state == "loading" and not self.reason
+
     def at(self, running: int, slots: int, draining: bool) -> "Registration":
         """The same worker, at another moment."""
         return replace(self, running=running, slots=slots, state="draining" if draining else "serving")
@@ -101,14 +116,18 @@ class Registry:
 
     async def announce(self, registration: Registration) -> None:
         """One heartbeat of a worker: two round trips, for what is compared between hosts is Redis' time alone."""
-        fields = {**asdict(registration), "card": orjson.dumps(registration.card)}
+        fields = {
+            **asdict(registration),
+            "card": orjson.dumps(registration.card),
+            "on_demand": int(registration.on_demand),
+        }
         key, (now, _) = keys.worker(registration.worker_id), await self._redis.time()
         pipe = self._redis.pipeline(transaction=False)
         pipe.hset(key, mapping=fields)
         pipe.expire(key, REGISTRATION_TTL_S)
         pipe.zadd(keys.WORKERS, {registration.worker_id: (now + REGISTRATION_TTL_S) * 1000})
         pipe.zremrangebyscore(keys.WORKERS, "-inf", (now - FORGET_WORKER_S) * 1000)
-        if registration.serves:
+        if registration.serves or registration.on_demand:
             pipe.zadd(keys.MODELS, {registration.card.name: now * 1000})
         pipe.zremrangebyscore(keys.MODELS, "-inf", (now - FORGET_MODEL_S) * 1000)
         await pipe.execute()
@@ -144,7 +163,7 @@ class Registry:
         return sorted(_registrations(await pipe.execute()), key=lambda r: (r.started, r.worker_id))
 
     async def known_models(self) -> set[str]:
-        """Models that some worker served within the last 24 hours."""
+        """Models that some worker served, or would have loaded, within the last 24 hours."""
         return {name.decode() for name in await self._redis.zrange(keys.MODELS, 0, -1)}
 
 
@@ -176,4 +195,8 @@ def _registrations(rows: Iterable[dict[bytes, bytes]]) -> Iterable[Registration]
             supervisor=int(fields.get("supervisor", 0)),
             restarts=int(fields.get("restarts", 0)),
             reason=fields.get("reason", ""),
+            on_demand=fields.get("on_demand") == "1",
+            progress=float(fields.get("progress", 0)),
+            phase=fields.get("phase", ""),
+            retry_in_s=int(fields.get("retry_in_s", 0)),
         )
