@@ -196,7 +196,9 @@ def test_a_crash_of_the_engine_is_said_with_its_reason(ups: list[Up], folder: Pa
     up = start(ups, folder, *ECHO).ready()
     [engine] = up.children()["worker"].children()
     engine.kill()
-    wait_until(lambda: "✘ worker        killed by SIGKILL (out of memory?); starts again" in up.output(), "it is said")
+    wait_until(
+        lambda: "✘ worker        echo: killed by SIGKILL (out of memory?); starts again" in up.output(), "it is said"
+    )
     wait_until(lambda: up.children()["worker"].children(), "it runs again")
 
 

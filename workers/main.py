@@ -11,10 +11,10 @@ import uvloop
 
 from fastchat_q.choices import WorkerOptions
 from fastchat_q.errors import ConfigurationError
-from fastchat_q.models import served_name
 
 from .active import Links
 from .engines.base import Engine
+from .progress import Progress
 from .watch import EngineHungError
 from .worker import Limits, Worker
 
@@ -57,11 +57,13 @@ def serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None)
 def build_engine(options: WorkerOptions) -> Engine:
     """Loads the chosen engine; heavy imports happen here and only here."""
     slots = options.slots or DEFAULT_SLOTS[options.engine]
-    name = options.name or served_name(options.model)
+    name = options.served_as
     if options.engine == "echo":
         from .engines.echo import EchoEngine
 
         return EchoEngine(name, slots, options.token_delay_ms / 1000)
+    progress = Progress()
+    progress(0.0, "importing")
     try:
         from .engines import loading
         from .engines.transformers_engine import TransformersEngine
@@ -70,6 +72,7 @@ def build_engine(options: WorkerOptions) -> Engine:
             f"The transformers engine needs {error.name}, which is not installed: pip install 'fastchat-q[worker]', "
             "or take --engine echo, which needs no model."
         ) from error
+    progress(0.1, "loading")
     loading.set_threads(options.threads)
     log.info("loading", model=options.model, device=options.device, dtype=options.dtype)
     loaded = loading.load(options.model, options.device, options.dtype)
