@@ -5,14 +5,15 @@ import socket
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import orjson
 from redis.asyncio import Redis
 from ulid import ULID
 
 from . import __version__, keys
-from .jobs import Kind
+from .errors import InvalidRequestError
+from .jobs import Job, Kind
 from .versions import known_fields
 
 HEARTBEAT_S = 3.0
@@ -53,10 +54,28 @@ class ModelCard:
     base: str | None = None
     """Of an adapter: the model that it changes."""
 
+    def check(self, job: Job) -> None:
+        """Refuses a job that the model is not for.
+
+        Raises:
+            InvalidRequestError: it is of another kind, or asks for what the model cannot do; the message says what.
+        """
+        if job.kind != self.kind:
+            raise InvalidRequestError(
+                f"Model {self.name!r} takes {self.kind} requests, and no {job.kind}.", param="model"
+            )
+        if missing := sorted(job.needs() - set(self.features)):
+            raise InvalidRequestError(f"Model {self.name!r} cannot do what is asked for: {', '.join(missing)}.")
+
     @classmethod
     def from_json(cls, raw: str) -> Self:
         """What a heartbeat wrote."""
-        fields = known_fields(cls, orjson.loads(raw))
+        return cls.from_dict(orjson.loads(raw))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Self:
+        """The same, decoded."""
+        fields = known_fields(cls, raw)
         return cls(**fields | {"features": tuple(fields.get("features", ()))})
 
 
@@ -89,9 +108,13 @@ class Registration:
     """What of the loading is under way."""
     retry_in_s: int = 0
     """Of a model that could not be loaded: how long it is not tried again."""
+    more: tuple[ModelCard, ...] = ()
+    """What else the worker serves out of the same slots. Who reads the registry finds an entry for each of them."""
 
     @classmethod
-    def of_this_process(cls, worker_id: str, card: ModelCard, slots: int, supervisor: int = 0) -> "Registration":
+    def of_this_process(
+        cls, worker_id: str, card: ModelCard, slots: int, supervisor: int = 0, more: Iterable[ModelCard] = ()
+    ) -> "Registration":
         """The entry of a worker that starts serving now."""
         return cls(
             worker_id,
@@ -104,6 +127,7 @@ class Registration:
             __version__,
             int(time.time()),
             supervisor,
+            more=tuple(more),
         )
 
     @property
@@ -137,6 +161,7 @@ class Registry:
         fields = {
             **asdict(registration),
             "card": orjson.dumps(registration.card),
+            "more": orjson.dumps(registration.more),
             "on_demand": int(registration.on_demand),
         }
         key, (now, _) = keys.worker(registration.worker_id), await self._redis.time()
@@ -146,7 +171,8 @@ class Registry:
         pipe.zadd(keys.WORKERS, {registration.worker_id: (now + REGISTRATION_TTL_S) * 1000})
         pipe.zremrangebyscore(keys.WORKERS, "-inf", (now - FORGET_WORKER_S) * 1000)
         if registration.serves or registration.on_demand:
-            pipe.zadd(keys.MODELS, {registration.card.name: now * 1000})
+            served = (registration.card, *registration.more)
+            pipe.zadd(keys.MODELS, {card.name: now * 1000 for card in served})
         pipe.zremrangebyscore(keys.MODELS, "-inf", (now - FORGET_MODEL_S) * 1000)
         await pipe.execute()
 
@@ -161,6 +187,11 @@ class Registry:
     async def is_there(self, worker_id: str) -> bool:
         """Whether a worker's last heartbeat is younger than its TTL."""
         return bool(await self._redis.exists(keys.worker(worker_id)))
+
+    async def models_of(self, worker_id: str) -> list[str]:
+        """Names of the models that a worker serves, or served until a moment ago."""
+        fields: dict[bytes, bytes] = await self._redis.hgetall(keys.worker(worker_id))  # type: ignore[misc]
+        return [entry.card.name for entry in _registrations([fields])]
 
     async def announce_api(self, api_id: str) -> None:
         """One heartbeat of an API server."""
@@ -200,7 +231,7 @@ def _registrations(rows: Iterable[dict[bytes, bytes]]) -> Iterable[Registration]
         state = next((state for state in get_args(State) if state == fields.get("state")), None)
         if state is None or not fields.keys() >= REQUIRED:
             continue  # its TTL ran out: the worker is gone (or it is of a version with other states or fields)
-        yield Registration(
+        entry = Registration(
             worker_id=fields["worker_id"],
             card=ModelCard.from_json(fields["card"]),
             slots=int(fields["slots"]),
@@ -217,4 +248,6 @@ def _registrations(rows: Iterable[dict[bytes, bytes]]) -> Iterable[Registration]
             progress=float(fields.get("progress", 0)),
             phase=fields.get("phase", ""),
             retry_in_s=int(fields.get("retry_in_s", 0)),
+            more=tuple(ModelCard.from_dict(card) for card in orjson.loads(fields.get("more", "[]"))),
         )
+        yield from (replace(entry, card=card) for card in (entry.card, *entry.more))

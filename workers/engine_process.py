@@ -104,7 +104,8 @@ class Supervised:
         try:
             async with asyncio.timeout(FAREWELL_S):
                 if self._worker_id:  # one that had to be killed has not done it itself
-                    await self._queue.disown(self.engine.card.name, self._worker_id, "stopped", crashed=False)
+                    for model in await self._models(self._worker_id):
+                        await self._queue.disown(model, self._worker_id, "stopped", crashed=False)
                     await self._registry.withdraw(self._worker_id)
         except (TimeoutError, *AWAY) as error:
             log.warning("could not withdraw: the registration will run out", error=str(error))
@@ -189,8 +190,9 @@ class Supervised:
         while time.monotonic() < deadline:
             check_cancelled()
             try:
-                back, dead = await self._queue.disown(self.engine.card.name, worker_id, reason, crashed=True)
-                log.info("handed back", worker=worker_id, jobs=back, dead=dead)
+                for model in await self._models(worker_id):
+                    back, dead = await self._queue.disown(model, worker_id, reason, crashed=True)
+                    log.info("handed back", worker=worker_id, model=model, jobs=back, dead=dead)
                 await self._registry.withdraw(worker_id)
                 if not self.serving:
                     await self.announce()
@@ -198,6 +200,10 @@ class Supervised:
             except AWAY as error:
                 log.warning("cannot hand back now", worker=worker_id, error=str(error))
                 await asyncio.sleep(RETRY_S)
+
+    async def _models(self, worker_id: str) -> list[str]:
+        """What a run served; one that did not say served nothing but the model."""
+        return await self._registry.models_of(worker_id) or [self.engine.card.name]
 
     def _read_progress(self) -> None:
         try:

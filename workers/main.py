@@ -80,7 +80,7 @@ def build_engine(options: WorkerOptions) -> Engine:
 
 
 async def _serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None) -> None:
-    links = Links.to(redis_url)
+    links = Links.to(redis_url, len(engine.cards))
     worker = Worker(links, engine, limits, worker_id, supervisor=os.getppid() if worker_id else 0)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
