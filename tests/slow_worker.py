@@ -1,7 +1,7 @@
 """A worker that loads echo models on demand, as processes: ``python -m tests.slow_worker URL POLICY MODEL…``.
 
-A MODEL is ``name:seconds of loading``; POLICY is JSON. A model with the name of a file in the working folder cannot be
-loaded: the file says why.
+A MODEL is ``name:seconds of loading``. POLICY is JSON, or null for an ordinary worker of one model. A model with the
+name of a file in the working folder cannot be loaded: the file says why.
 """
 
 import json
@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from fastchat_q.workers import ondemand
+from fastchat_q.workers import ondemand, parent
 from fastchat_q.workers.engine_process import EngineProcess
 from fastchat_q.workers.engines.echo import EchoEngine
 from fastchat_q.workers.main import serve
@@ -44,7 +44,10 @@ def main() -> None:
         serve(load(name, float(seconds)), Limits(drain_s=3), url, rest[-1])
         return
     processes = [process(url, policy, model) for model in rest]
-    ondemand.run(processes, Policy(**json.loads(policy)), url)
+    if (terms := json.loads(policy)) is None:
+        parent.run(processes[0], url)
+    else:
+        ondemand.run(processes, Policy(**terms), url)
 
 
 def process(url: str, policy: str, model: str) -> EngineProcess:

@@ -17,11 +17,13 @@ from fastchat_q.errors import ConfigurationError
 from .http_client import Connection, Reply, get, post
 from .stack import Process, Stack, wait_until
 
+ON_DEMAND: dict[str, float] = {}
+"""The policy as it is by default."""
 WORDS = [f"w{number}" for number in range(60)]
 SOON_S = 60.0
 
 
-def slow_worker(stack: Stack, *models: str, **policy: float) -> Process:
+def slow_worker(stack: Stack, *models: str, policy: dict[str, float] | None = ON_DEMAND) -> Process:
     """An on-demand worker of echo models; ``models`` are ``name:seconds of loading``."""
     log = stack.folder / f"slow-{len(stack.processes)}.log"
     environment = {"PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -114,7 +116,7 @@ def test_the_first_request_loads_its_model_and_the_second_finds_it_loaded(stack:
 
 
 def test_a_model_that_is_not_used_is_unloaded_and_its_process_gone(stack: Stack) -> None:
-    slow_worker(stack, "a:0.2", keep_alive_s=2)
+    slow_worker(stack, "a:0.2", policy={"keep_alive_s": 2})
     for _ in range(2):
         assert said(ask(stack, "a", ["x"])) == ["x"]
         pid = pid_of(stack, "a")
@@ -123,7 +125,7 @@ def test_a_model_that_is_not_used_is_unloaded_and_its_process_gone(stack: Stack)
 
 
 def test_jobs_that_come_and_go_between_two_looks_keep_a_model_loaded(stack: Stack) -> None:
-    slow_worker(stack, "a:0.2", keep_alive_s=2)
+    slow_worker(stack, "a:0.2", policy={"keep_alive_s": 2})
     assert said(ask(stack, "a", ["x"])) == ["x"]
     pid = pid_of(stack, "a")
     for _ in range(40):
@@ -133,7 +135,7 @@ def test_jobs_that_come_and_go_between_two_looks_keep_a_model_loaded(stack: Stac
 
 
 def test_a_model_gives_its_room_to_another_one_when_it_has_nothing_to_do(stack: Stack) -> None:
-    slow_worker(stack, "a:0.2", "b:0.2", "c:0.2", max_loaded=2)
+    slow_worker(stack, "a:0.2", "b:0.2", "c:0.2", policy={"max_loaded": 2})
     for model in ("a", "b", "a", "c"):
         assert said(ask(stack, model, ["x"])) == ["x"]
         signal.sigtimedwait([], 1.1)  # longer than one look: who was used last is told by looks
@@ -141,7 +143,7 @@ def test_a_model_gives_its_room_to_another_one_when_it_has_nothing_to_do(stack: 
 
 
 def test_a_running_job_ends_before_its_model_is_unloaded(stack: Stack) -> None:
-    slow_worker(stack, "a:0.2", "b:0.2", turn_s=0.5)
+    slow_worker(stack, "a:0.2", "b:0.2", policy={"turn_s": 0.5})
     running = begin(stack, "a", [f"w{number}" for number in range(100)])
     wait_until(lambda: stack.running("a"), "it runs")
     assert said(ask(stack, "b", ["x"])) == ["x"]
@@ -152,7 +154,7 @@ def test_a_running_job_ends_before_its_model_is_unloaded(stack: Stack) -> None:
 
 def test_a_model_that_always_has_work_yields_after_its_turn_and_loses_no_token(stack: Stack) -> None:
     """Its drain is shorter than the job: the job goes on when its model is loaded again."""
-    slow_worker(stack, "a:0.2", "b:0.2", turn_s=1)
+    slow_worker(stack, "a:0.2", "b:0.2", policy={"turn_s": 1})
     long = [f"w{number}" for number in range(400)]
     running = begin(stack, "a", long)
     wait_until(lambda: stack.running("a"), "it runs")
@@ -205,7 +207,7 @@ def plain(worker: Process) -> str:
 
 
 def test_a_served_model_that_crashes_is_loaded_again_and_the_others_are_left_alone(stack: Stack) -> None:
-    slow_worker(stack, "a:0.2", "b:0.2", max_loaded=2)
+    slow_worker(stack, "a:0.2", "b:0.2", policy={"max_loaded": 2})
     assert said(ask(stack, "b", ["x"])) == ["x"]
     other = pid_of(stack, "b")
     running = begin(stack, "a", [f"w{number}" for number in range(150)])
@@ -216,7 +218,7 @@ def test_a_served_model_that_crashes_is_loaded_again_and_the_others_are_left_alo
 
 
 def test_a_worker_that_is_told_to_stop_ends_its_jobs_first_and_leaves_nothing(stack: Stack) -> None:
-    worker = slow_worker(stack, "a:0.2", "b:5", max_loaded=2)
+    worker = slow_worker(stack, "a:0.2", "b:5", policy={"max_loaded": 2})
     running = begin(stack, "a", [f"w{number}" for number in range(100)])
     wait_until(lambda: stack.running("a"), "it runs")
     waiting = begin(stack, "b", ["x"])
@@ -259,6 +261,15 @@ def test_jobs_wait_when_one_worker_cannot_load_a_model_and_another_one_might(sta
     os.kill(first.pid, signal.SIGCONT)
     assert said(waiting.reply()) == ["x"]
     assert "no room" not in first.output()
+
+
+def test_jobs_wait_while_an_ordinary_worker_loads_its_model_for_the_first_time(stack: Stack) -> None:
+    worker = slow_worker(stack, "a:3", policy=None)
+    assert listed(stack) == {"a": "loading"}
+    assert get(stack.port, "/readyz").status == 503, "nothing is served yet, and it does not come and go on demand"
+    wait_until(lambda: 0 < get(stack.port, "/v1/models/a").json()["progress"] < 1, "it says how far it is")
+    assert said(ask(stack, "a", ["x"])) == ["x"]
+    assert worker.stop() == 0
 
 
 def test_a_paused_queue_loads_nothing(stack: Stack) -> None:
