@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+from .models import served_name
+
 EngineName = Literal["transformers", "echo"]
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu", "npu"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -79,9 +81,36 @@ class WorkerOptions:
     token_delay_ms: float
     load: LoadOptions = AS_IT_IS
 
+    @property
+    def served_as(self) -> str:
+        """The name clients use."""
+        return self.name or served_name(self.model)
+
     def arguments(self) -> list[str]:
         """The command line that says the same."""
         return list(_words(self))
+
+
+@dataclass(frozen=True, slots=True)
+class DemandOptions:
+    """Which further models a worker is told to serve, and when they come and go."""
+
+    more: tuple[str, ...] = ()
+    """Beside the one of `WorkerOptions`; each may be ``NAME=MODEL``."""
+    on_demand: bool = False
+    keep_alive: str = "5m"
+    max_loaded: int = 1
+
+    @property
+    def applies(self) -> bool:
+        """Whether models are loaded on demand."""
+        return self.on_demand or bool(self.more)
+
+    def arguments(self) -> list[str]:
+        """The command line that says the same."""
+        words = [word for model in self.more for word in ("--model", model)]
+        words += ["--on-demand"] if self.on_demand else []
+        return [*words, "--keep-alive", self.keep_alive, "--max-loaded", str(self.max_loaded)]
 
 
 def _words(options: Any) -> Iterator[str]:

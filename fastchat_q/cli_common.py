@@ -139,6 +139,27 @@ def printable(line: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in line)
 
 
+def parse_duration(words: str) -> float:
+    """Seconds of ``90``, ``5m`` or ``1h30m``; infinity for a negative number, as Ollama has it.
+
+    Raises:
+        ConfigurationError: it is none of these.
+    """
+    import re
+
+    from .errors import ConfigurationError
+
+    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+    if re.fullmatch(r"-\d+(\.\d+)?(ms|s|m|h|d)?", words):
+        return float("inf")
+    if re.fullmatch(r"\d+(\.\d+)?", words):
+        return float(words)
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", words)
+    if not parts or "".join(number + unit for number, unit in parts) != words:
+        raise ConfigurationError(f"{words!r} is no duration: expected such as 300, 5m, 1h30m, or -1 for ever.")
+    return sum(float(number) * units[unit] for number, unit in parts)
+
+
 def duration(seconds: float | None) -> str | None:
     """``4.2s``, ``3m12s``, ``2h05m``, ``6d03h``."""
     if seconds is None:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import cli_aliases
 from .cli_common import EXIT_NOT_FOUND, AsJson, fail, print_json, print_table
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ EXAMPLE = [
 ]
 
 app = typer.Typer(name="models", help="What is known of models.", no_args_is_help=True, rich_markup_mode=None)
+app.command("ls")(cli_aliases.list_models)
+app.command("alias")(cli_aliases.alias)
 
 
 @app.command("families")

@@ -11,11 +11,11 @@ import uvloop
 
 from fastchat_q.choices import WorkerOptions
 from fastchat_q.errors import ConfigurationError
-from fastchat_q.models import served_name
 
 from .active import Links
 from .adapters import Generates
 from .engines.base import Engine
+from .progress import Progress
 from .watch import EngineHungError
 from .worker import Limits, Worker
 
@@ -58,11 +58,13 @@ def serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None)
 def build_engine(options: WorkerOptions) -> Engine:
     """Loads the chosen engine; heavy imports happen here and only here."""
     slots = options.slots or DEFAULT_SLOTS[options.engine]
-    name = options.name or served_name(options.model)
+    name = options.served_as
     if options.engine == "echo":
         from .engines.echo import EchoEngine
 
         return EchoEngine(name, slots, options.token_delay_ms / 1000)
+    progress = Progress()
+    progress(0.0, "import")
     try:
         from .engines import devices, loading, transformers_engine
     except ModuleNotFoundError as error:
@@ -72,7 +74,7 @@ def build_engine(options: WorkerOptions) -> Engine:
         ) from error
     devices.set_threads(options.threads)
     log.info("loading", model=options.model, device=options.device, dtype=options.dtype)
-    loaded = loading.load(options.model, options.device, options.dtype, options.load)
+    loaded = loading.load(options.model, options.device, options.dtype, options.load, progress)
     if isinstance(loaded.adapter, Generates):
         from .engines.adapted import AdaptedEngine
 
@@ -81,7 +83,7 @@ def build_engine(options: WorkerOptions) -> Engine:
 
 
 async def _serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None) -> None:
-    links = Links.to(redis_url)
+    links = Links.to(redis_url, len(engine.cards))
     worker = Worker(links, engine, limits, worker_id, supervisor=os.getppid() if worker_id else 0)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
