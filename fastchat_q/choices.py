@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
-EngineName = Literal["transformers", "echo"]
+EngineName = Literal["transformers", "echo", "openai", "anthropic", "gemini", "llama-cpp"]
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu", "npu"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Role = Literal["api", "worker", "orchestrator", "metrics", "admin"]
@@ -25,6 +25,8 @@ class WorkerOptions:
     dtype: Dtype
     threads: int | None
     token_delay_ms: float
+    base_url: str | None = None
+    api_key_env: str | None = None
 
     def arguments(self) -> list[str]:
         """The command line that says the same."""

@@ -28,10 +28,10 @@ Host = Annotated[str | None, typer.Option("--host", help="Address to listen on. 
 Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="[default: 8000]")]
 NoAuth = Annotated[bool, typer.Option("--no-auth", help="Ask for no key; on loopback addresses only.")]
 DrainS = Annotated[float | None, typer.Option("--drain-s", min=0, help="Seconds running work may take on SIGTERM.")]
-Model = Annotated[str, typer.Option("--model", help="tiny, a local folder, or a Hugging Face hub id.")]
+Model = Annotated[str, typer.Option("--model", help="tiny, a folder, a hub id; elsewhere its name there.")]
 Name = Annotated[str | None, typer.Option("--name", help="The name clients use. [default: the model's]")]
 Engine = Annotated[EngineName, typer.Option("--engine", help="echo has no model: it repeats the question.")]
-Slots = Annotated[int | None, typer.Option("--slots", min=1, help="Jobs at a time. [default: 16; echo 64]")]
+Slots = Annotated[int | None, typer.Option("--slots", min=1, help="Jobs at a time. [default: by engine]")]
 OnDevice = Annotated[Device, typer.Option("--device", help="auto: the first accelerator, else the CPU.")]
 InDtype = Annotated[Dtype, typer.Option("--dtype", help="auto: the checkpoint's own.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of torch. [default: cores - 1]")]
@@ -39,6 +39,8 @@ NoSupervise = Annotated[
     bool, typer.Option("--no-supervise", help="Run the engine in this process; something else starts it again.")
 ]
 WorkerId = Annotated[str | None, typer.Option("--id", hidden=True)]
+BaseUrl = Annotated[str | None, typer.Option("--base-url", help="Where a forwarding engine sends its requests.")]
+ApiKeyEnv = Annotated[str | None, typer.Option("--api-key-env", help="The variable that holds the key for it.")]
 TokenDelay = Annotated[float, typer.Option("--token-delay-ms", min=0, help="Pace of the echo engine.")]
 
 
@@ -74,6 +76,8 @@ def up(
     dtype: InDtype = "auto",
     threads: Threads = None,
     token_delay_ms: TokenDelay = 20.0,
+    base_url: BaseUrl = None,
+    api_key_env: ApiKeyEnv = None,
 ) -> None:
     """Run everything: embedded Redis, API, one worker, orchestrator."""
     import asyncio
@@ -86,7 +90,7 @@ def up(
         host=host, port=port, state_dir=state_dir, redis_url=redis_url, auth=False if no_auth else None, drain_s=drain_s
     )
     check_exposure(settings)
-    worker = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms)
+    worker = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms, base_url, api_key_env)
     arguments = (*worker.arguments(), "--drain-s", str(settings.drain_s))
     lock = hold_lock(settings.state_dir, http_base(settings.host, settings.port))
     with lock:
@@ -124,6 +128,8 @@ def worker(
     dtype: InDtype = "auto",
     threads: Threads = None,
     token_delay_ms: TokenDelay = 20.0,
+    base_url: BaseUrl = None,
+    api_key_env: ApiKeyEnv = None,
     state_dir: StateDir = None,
     redis_url: RedisUrl = None,
     drain_s: DrainS = None,
@@ -137,7 +143,7 @@ def worker(
     logs.configure()
     settings = load_settings(state_dir=state_dir, redis_url=redis_url, drain_s=drain_s)
     url = settings.resolved_redis_url
-    options = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms)
+    options = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms, base_url, api_key_env)
     if no_supervise:
         from .workers import main
         from .workers.worker import Limits

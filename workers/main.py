@@ -13,6 +13,7 @@ from fastchat_q.choices import WorkerOptions
 from fastchat_q.errors import ConfigurationError
 from fastchat_q.models import served_name
 
+from . import forwarders
 from .active import Links
 from .engines.base import Engine
 from .watch import EngineHungError
@@ -20,7 +21,7 @@ from .worker import Limits, Worker
 
 log = structlog.get_logger()
 
-DEFAULT_SLOTS = {"transformers": 16, "echo": 64}
+DEFAULT_SLOTS = {"transformers": 16, "echo": 64, "openai": 64, "anthropic": 16, "gemini": 16, "llama-cpp": 4}
 EXIT_FAILED = 1
 EXIT_HUNG = 70
 """The engine's thread hangs: of its own, so that a supervisor of any kind can tell it from a crash."""
@@ -62,6 +63,8 @@ def build_engine(options: WorkerOptions) -> Engine:
         from .engines.echo import EchoEngine
 
         return EchoEngine(name, slots, options.token_delay_ms / 1000)
+    if options.engine in forwarders.KINDS:
+        return forwarders.build(options, name, slots)
     try:
         from .engines import loading
         from .engines.transformers_engine import TransformersEngine

@@ -19,7 +19,7 @@ from fastchat_q.jobs import Feature, Job, Message
 from fastchat_q.registry import ModelCard
 
 from .async_engine import Give
-from .base import Ended
+from .base import Ended, Request
 from .openai_engine import connection_trouble
 from .openai_request import Blobs, forced_function, image
 from .remote import CONNECT_S, BrokenOffError, RemoteEngine, Trouble, Upstream, refuse, status_trouble
@@ -77,8 +77,8 @@ class AnthropicEngine(RemoteEngine):
     def troubled(self, error: Exception) -> Trouble:
         return trouble_of(error)
 
-    async def answer(self, job: Job, give: Give, prefix: str, done: int) -> Ended:
-        body = request_body(job, self.upstream.model, self._max_tokens, {})
+    async def answer(self, request: Request, give: Give, prefix: str, done: int) -> Ended:
+        body = request_body(request.job, self.upstream.model, self._max_tokens, request.blobs)
         reader = Reader(give)
         async with await self._client.messages.create(**body, stream=True) as events:
             async for event in events:
@@ -258,7 +258,7 @@ def trouble_of(error: Exception) -> Trouble:
     """What an error of the client means."""
     if isinstance(error, anthropic.APIStatusError):
         trouble = status_trouble(error.status_code, error.body, error.message, error.response.headers)
-        if error.status_code < 400:  # noqa: PLR2004  inside of a stream
+        if error.status_code < 400:
             return Trouble(TYPES.get(trouble.type or "", 500), trouble.message, trouble.type)
         return trouble
     return connection_trouble(error)
@@ -271,7 +271,9 @@ def connect(name: str, slots: int, upstream: Upstream) -> AnthropicEngine:
         ConfigurationError: there is no key, or the API refuses it.
     """
     if not upstream.api_key:
-        raise ConfigurationError("The anthropic engine needs a key: set ANTHROPIC_API_KEY, or name it by --api-key-env.")
+        raise ConfigurationError(
+            "The anthropic engine needs a key: set ANTHROPIC_API_KEY, or name it by --api-key-env."
+        )
     context_length, max_tokens = None, MAX_TOKENS
     try:
         with anthropic.Anthropic(

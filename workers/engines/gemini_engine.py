@@ -19,7 +19,7 @@ from fastchat_q.jobs import Feature, Job, Message
 from fastchat_q.registry import ModelCard
 
 from .async_engine import Give
-from .base import Ended
+from .base import Ended, Request
 from .openai_engine import UNKNOWN_ID, connection_trouble
 from .openai_request import Blobs, forced_function, image
 from .remote import CONNECT_S, BrokenOffError, RemoteEngine, Trouble, Upstream, refuse, retry_after_s
@@ -63,10 +63,11 @@ class GeminiEngine(RemoteEngine):
     def repeats(self, job: Job) -> bool:
         return True  # it takes a seed
 
-    async def answer(self, job: Job, give: Give, prefix: str, done: int) -> Ended:
+    async def answer(self, request: Request, give: Give, prefix: str, done: int) -> Ended:
+        job = request.job
         reader = Reader(job.sampling.n, give)
         chunks: Any = await self._client.aio.models.generate_content_stream(
-            model=self.upstream.model, contents=contents(job.messages, {}), config=config(job)
+            model=self.upstream.model, contents=contents(job.messages, request.blobs), config=config(job)
         )
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
@@ -291,7 +292,7 @@ def trouble_of(error: Exception) -> Trouble:
         return connection_trouble(error)
     headers = getattr(error.response, "headers", None) or {}
     message, status = str(error.message or ""), int(error.code or 500)
-    if status == 400 and "API key" in message:  # noqa: PLR2004  so it says that a key is wrong
+    if status == 400 and "API key" in message:
         status = 401
     return Trouble(status, message, code=error.status, retry_after_s=retry_after_s(headers))
 

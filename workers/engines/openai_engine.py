@@ -12,13 +12,13 @@ from openai.types import Model
 from openai.types.chat import ChatCompletionChunk
 from openai.types.chat.chat_completion_chunk import Choice, ChoiceDeltaToolCall
 
-from fastchat_q.errors import ConfigurationError
+from fastchat_q.errors import ConfigurationError, JobFailedError
 from fastchat_q.events import Alternative, FinishReason, Piece, TokenLogprob, ToolCallDelta, Usage
 from fastchat_q.jobs import Feature, Job
 from fastchat_q.registry import ModelCard
 
 from .async_engine import Give
-from .base import Ended
+from .base import Ended, Request
 from .openai_request import PLAIN, Dialect, dialect_of, request_body
 from .remote import CONNECT_S, BrokenOffError, RemoteEngine, Trouble, Upstream, status_trouble
 
@@ -67,9 +67,9 @@ class OpenAIEngine(RemoteEngine):
     def repeats(self, job: Job) -> bool:
         return True  # a job has a seed, and most servers keep to it
 
-    async def answer(self, job: Job, give: Give, prefix: str, done: int) -> Ended:
-        body = request_body(job, self.upstream.model, self._dialect, {}, prefix, done)
-        reader = Reader(job.sampling.n, give)
+    async def answer(self, request: Request, give: Give, prefix: str, done: int) -> Ended:
+        body = request_body(request.job, self.upstream.model, self._dialect, request.blobs, prefix, done)
+        reader = Reader(request.job.sampling.n, give)
         async with self._stream(body) as chunks:
             async for chunk in chunks:
                 reader.take(chunk)
@@ -143,8 +143,14 @@ class Reader:
         Raises:
             BrokenOffError: it did not come.
         """
-        if len(self._reasons) < self._choices:
+        if not self._reasons:
             raise BrokenOffError("The upstream server ended the answer without a finish reason.")
+        if len(self._reasons) < self._choices:
+            raise JobFailedError(
+                f"The upstream server gave {len(self._reasons)} of {self._choices} answers.",
+                status=502,
+                code="upstream_error",
+            )
         usage = self._usage
         if usage is not None and done:
             usage = Usage(max(usage.prompt_tokens - done, 0), usage.completion_tokens + done)

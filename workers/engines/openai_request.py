@@ -77,7 +77,7 @@ def request_body(
 
 
 def _seed(seed: int, bits: int) -> int:
-    return seed if bits == 64 else seed & (2**bits - 1)  # noqa: PLR2004
+    return seed if bits == 64 else seed & (2**bits - 1)
 
 
 def _set_fields(sampling: Sampling, done: int) -> dict[str, Any]:

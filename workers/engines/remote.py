@@ -93,7 +93,7 @@ class RemoteEngine(AsyncEngine):
         self._paused_until = 0.0
 
     @abstractmethod
-    async def answer(self, job: Job, give: Give, prefix: str, done: int) -> Ended:
+    async def answer(self, request: Request, give: Give, prefix: str, done: int) -> Ended:
         """Sends a request and gives each piece of the answer.
 
         Args:
@@ -133,7 +133,7 @@ class RemoteEngine(AsyncEngine):
     async def _serve_from(self, request: Request, give: Give) -> Ended:
         job = request.job
         if not any(piece.said or piece.finish for piece in request.prior):
-            return await self.answer(job, give, "", 0)
+            return await self.answer(request, give, "", 0)
         prefix = "".join(piece.text for piece in request.prior)
         done = sum(piece.k for piece in request.prior)
         if self.continues(job) and prefix.strip() and is_continuable(job, request.prior):
@@ -141,10 +141,10 @@ class RemoteEngine(AsyncEngine):
                 done = job.sampling.max_tokens - 1  # its units were an estimate: one more token ends it
             kept = prefix.rstrip()  # templates strip it; then it has to come again
             replay = Replay([Piece(text=prefix[len(kept) :])], give)
-            ended = await self.answer(job, replay.give, kept, done)
+            ended = await self.answer(request, replay.give, kept, done)
         elif self.repeats(job):
             replay = Replay(request.prior, give)
-            ended = await self.answer(job, replay.give, "", 0)
+            ended = await self.answer(request, replay.give, "", 0)
         else:
             raise CannotResumeError("its server neither goes on with an answer nor repeats one")
         replay.ended()
@@ -237,9 +237,9 @@ def job_error(trouble: Trouble) -> FastchatQError:
 def patient(message: str, code: str, wait_s: float) -> RetryableError:
     """Trouble that passes: no number of tries is too many, until the job's deadline."""
     jitter = random.uniform(1.0, 1.25)  # those that failed together do not come back together
-    error = RetryableError(message, status=503, code=code, counts=False)
-    error.retry_after_s = max(1, math.ceil(wait_s * jitter))
-    return error
+    return RetryableError(
+        message, status=503, code=code, counts=False, retry_after_s=max(1, math.ceil(wait_s * jitter))
+    )
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
@@ -272,8 +272,6 @@ def status_trouble(status: int, body: object, message: str, headers: Mapping[str
 
 def _word(value: object) -> str | None:
     return value if isinstance(value, str) else None
-
-
 
 
 def refuse(job: Job, names: set[str], whose: str) -> None:

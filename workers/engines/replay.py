@@ -70,7 +70,7 @@ class Replay:
         said = {part: self._rest(piece.choice, part, text) for part, text in _parts(piece)}
         logprobs = piece.logprobs[self._skipped_logprobs(piece) :]
         finish = None if piece.choice in self._finished else piece.finish
-        calls = tuple(call for call in map(lambda call: self._new_call(piece.choice, call, said), piece.tool_calls) if call)
+        calls = self._new_calls(piece, said)
         new = piece._replace(
             text=said["text"], reasoning=said["reasoning"], tool_calls=calls, logprobs=logprobs, finish=finish
         )
@@ -96,11 +96,16 @@ class Replay:
             self._logprobs[piece.choice] -= skipped
         return skipped
 
-    def _new_call(self, choice: int, call: ToolCallDelta, said: dict[str, str]) -> ToolCallDelta | None:
-        arguments = said[f"arguments {call.call}"]
-        if (choice, call.call) not in self._begun:
-            return call._replace(arguments=arguments)
-        return ToolCallDelta(call.call, arguments) if arguments else None
+    def _new_calls(self, piece: Piece, said: dict[str, str]) -> tuple[ToolCallDelta, ...]:
+        """Parts of calls with what is new of them; those of which nothing is are left out."""
+        calls: list[ToolCallDelta] = []
+        for call in piece.tool_calls:
+            arguments = said[f"arguments {call.call}"]
+            if (piece.choice, call.call) not in self._begun:
+                calls.append(call._replace(arguments=arguments))
+            elif arguments:
+                calls.append(ToolCallDelta(call.call, arguments))
+        return tuple(calls)
 
 
 def _parts(piece: Piece) -> Iterable[tuple[str, str]]:
