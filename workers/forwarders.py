@@ -20,14 +20,14 @@ class Forwarder:
     """
 
     module: str
-    key: str
+    key: str | None
 
 
 KINDS = {
     "openai": Forwarder("openai_engine", "OPENAI_API_KEY"),
     "anthropic": Forwarder("anthropic_engine", "ANTHROPIC_API_KEY"),
     "gemini": Forwarder("gemini_engine", "GEMINI_API_KEY"),
-    "llama-cpp": Forwarder("llama_cpp_engine", ""),
+    "llama-cpp": Forwarder("llama_cpp_engine", None),
 }
 
 
@@ -46,7 +46,8 @@ def build(options: WorkerOptions, name: str, slots: int) -> Engine:
             f"pip install 'fastchat-q[{options.engine}]'."
         ) from error
     upstream = module.Upstream(options.model, options.base_url, _key(options, kind))
-    engine: Engine = module.connect(name, slots, upstream)
+    more = {"threads": options.threads} if options.engine == "llama-cpp" else {}
+    engine: Engine = module.connect(name, slots, upstream, **more)
     return engine
 
 
@@ -63,7 +64,7 @@ def _key(options: WorkerOptions, kind: Forwarder) -> str | None:
         return key
     if options.engine == "openai" and options.base_url is not None:
         return None  # a key of OpenAI's is not for anybody else
-    key = os.environ.get(kind.key) or None
+    key = os.environ.get(kind.key or "") or None
     if options.engine == "openai" and key is None:
         raise ConfigurationError("The openai engine needs --base-url URL, or OPENAI_API_KEY for OpenAI itself.")
     return key

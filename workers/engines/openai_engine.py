@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import httpx2
 import openai
@@ -24,7 +24,7 @@ from .remote import CONNECT_S, BrokenOffError, RemoteEngine, Trouble, Upstream, 
 
 log = structlog.get_logger()
 
-FEATURES: tuple[Feature, ...] = get_args(Feature)
+TEXT_FEATURES: tuple[Feature, ...] = tuple(feature for feature in get_args(Feature) if feature != "vision")
 NO_KEY = "none"
 """What servers get that ask for no key: the client insists on sending one."""
 UNKNOWN_ID = -1
@@ -185,15 +185,14 @@ def call_deltas(calls: Iterable[ChoiceDeltaToolCall]) -> tuple[ToolCallDelta, ..
 
 def _logprobs(choice: Choice) -> Iterable[TokenLogprob]:
     for one in (choice.logprobs.content if choice.logprobs else None) or ():
-        top = tuple(Alternative(UNKNOWN_ID, other.token, other.logprob) for other in one.top_logprobs or ())
-        yield TokenLogprob(UNKNOWN_ID, one.token, one.logprob, top)
+        top = tuple(Alternative(_id(other), other.token, other.logprob) for other in one.top_logprobs or ())
+        yield TokenLogprob(_id(one), one.token, one.logprob, top)
 
 
-class ClientError(Protocol):
-    """What the errors of OpenAI's and Anthropic's clients have in common, which one generator makes."""
-
-    message: str
-    body: object | None
+def _id(token: object) -> int:
+    """llama.cpp tells it."""
+    found = getattr(token, "id", None)
+    return found if isinstance(found, int) else UNKNOWN_ID
 
 
 def trouble_of(error: Exception) -> Trouble:
@@ -208,7 +207,7 @@ def trouble_of(error: Exception) -> Trouble:
 
 def connection_trouble(error: Exception) -> Trouble:
     """No reply, or half of one."""
-    cause = error.__cause__ or error
+    cause = error if isinstance(error, httpx2.HTTPError) else error.__cause__ or error
     unsent = isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout)
     return Trouble(0, f"{type(cause).__name__}: {cause}", unsent=unsent)
 
@@ -250,8 +249,9 @@ def connect(name: str, slots: int, upstream: Upstream) -> OpenAIEngine:
         log.warning("upstream tells nothing of its models", why=trouble_of(error).message)
     else:
         dialect = _dialect(models, upstream.model, PLAIN)
-        context_length = _context_length(models, upstream.model)
-        if upstream.model not in [model.id for model in models]:
+        listed = [model for model in models if model.id == upstream.model]
+        context_length = context_length_of(listed[0]) if listed else None
+        if not listed:
             log.warning("upstream does not list the model", model=upstream.model)
     card = ModelCard(
         name,
@@ -259,7 +259,7 @@ def connect(name: str, slots: int, upstream: Upstream) -> OpenAIEngine:
         context_length,
         int(time.time()),
         device="-",
-        features=tuple(feature for feature in FEATURES if feature != "vision"),
+        features=TEXT_FEATURES,
         batching="upstream",
     )
     return OpenAIEngine(card, slots, upstream, dialect)
@@ -271,11 +271,8 @@ def _dialect(models: list[Model], model: str, default: Dialect) -> Dialect:
     return dialect_of(owner) if owner else default
 
 
-def _context_length(models: list[Model], model: str) -> int | None:
-    """vLLM, SGLang and fastchat-q say it beside OpenAI's fields; llama.cpp in ``meta``."""
-    for one in models:
-        if one.id == model:
-            extra: dict[str, Any] = one.model_extra or {}
-            found = extra.get("max_model_len") or extra.get("context_length") or (extra.get("meta") or {}).get("n_ctx")
-            return found if isinstance(found, int) else None
-    return None
+def context_length_of(model: Model) -> int | None:
+    """Of prompt and completion together. vLLM and SGLang say it beside OpenAI's fields, llama.cpp in ``meta``."""
+    extra: dict[str, Any] = model.model_extra or {}
+    found = extra.get("max_model_len") or extra.get("context_length") or (extra.get("meta") or {}).get("n_ctx")
+    return found if isinstance(found, int) else None

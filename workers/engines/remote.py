@@ -38,6 +38,8 @@ AWAY_S = 1.0
 
 REFUSED = frozenset({400, 409, 411, 413, 415, 416, 422, 451})
 """Statuses that say something about the request; the client of ours gets them as they are."""
+CODES = {"exceed_context_size_error": "context_length_exceeded"}
+"""OpenAI's codes for what llama.cpp says by types of its own."""
 BUSY = frozenset({429, 503, 529})
 
 
@@ -264,7 +266,7 @@ def status_trouble(status: int, body: object, message: str, headers: Mapping[str
         status,
         str(detail.get("message") or message),
         _word(detail.get("type")),
-        _word(detail.get("code")),
+        _word(detail.get("code")) or CODES.get(str(detail.get("type"))),
         _word(detail.get("param")),
         retry_after_s=retry_after_s(headers),
     )
