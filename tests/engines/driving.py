@@ -85,9 +85,16 @@ class Driver:
             self.resume(one, ())
 
     def resume(self, one: Job, prior_ids: Iterable[int]) -> None:
-        self._answers[one.id] = Answer()
         prior = tuple(prior_ids)
-        self.engine.submit(Request(one, one.id, (Piece(prior),) if prior else ()))
+        self.take(Request(one, one.id, (Piece(prior),) if prior else ()))
+
+    def take(self, request: Request) -> None:
+        self._answers[request.job.id] = Answer()
+        self.engine.submit(request)
+
+    def wait_text(self, job_id: str, text: str) -> None:
+        """Returns when a job has said this."""
+        self._until(lambda: self._answers[job_id].text == text)
 
     def wait(self, *job_ids: str) -> list[Answer]:
         """Returns when all of these jobs have ended."""

@@ -91,7 +91,7 @@ def connect(name: str, slots: int, upstream: Upstream, threads: int | None = Non
         raise ConfigurationError(f"{path}: there is no such file; the llama-cpp engine takes a GGUF file.")
     if shutil.which(llama_cpp_server.SERVER) is None and find_spec("xllamacpp") is None:
         raise ConfigurationError(
-            f"The llama-cpp engine needs llama.cpp: {llama_cpp_server.SERVER} on the PATH, or pip install 'fastchat-q[llama-cpp]'."
+            f"The llama-cpp engine needs {llama_cpp_server.SERVER} on the PATH, or pip install 'fastchat-q[llama-cpp]'."
         )
     key = secrets.token_urlsafe(24)  # no other user of this host may use our server
     child = _start(path, slots, threads or max(1, (os.cpu_count() or 1) - 1), key)
