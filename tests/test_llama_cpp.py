@@ -72,9 +72,8 @@ def test_a_worker_that_dies_takes_its_server_along_and_the_next_one_goes_on_in_t
     wait_until(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, "its server ends")
     second = stack.start_worker("--model", str(gguf), *FLAGS)
     whole = begun + "".join(text)
-    expected = stack.client().chat.completions.create(
-        **STORY, max_tokens=600, extra_body={"ignore_eos": True}
-    )  # greedy: a repeated beginning would show
+    ask: Any = stack.client().chat.completions.create
+    expected = ask(**STORY, max_tokens=600, extra_body={"ignore_eos": True})  # greedy: a repeated beginning would show
     assert whole[:200] == (expected.choices[0].message.content or "")[:200]
     job = get(stack.port, f"/v1/jobs/{job_id}").json()
     assert (job["state"], len(job["attempts"])) == ("succeeded", 2)

@@ -54,9 +54,9 @@ class Scripted:
 
 
 @contextmanager
-def scripted(script: Script) -> Iterator[Scripted]:
+def scripted(script: Script, port: int = 0) -> Iterator[Scripted]:
     """Serves until the block ends."""
-    server = _Server(("127.0.0.1", 0), _Handler)
+    server = _Server(("127.0.0.1", port), _Handler)
     server.state = state = Scripted(f"http://127.0.0.1:{server.server_port}")
     server.script = script
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)

@@ -15,7 +15,7 @@ from anthropic.types import RawContentBlockDeltaEvent, RawContentBlockStartEvent
 
 from fastchat_q.errors import ConfigurationError, InvalidRequestError
 from fastchat_q.events import FinishReason, Piece, ToolCallDelta, Usage
-from fastchat_q.jobs import Feature, Job, Message
+from fastchat_q.jobs import Feature, Job, Message, Sampling
 from fastchat_q.registry import ModelCard
 
 from .async_engine import Give
@@ -27,6 +27,8 @@ from .remote import CONNECT_S, BrokenOffError, RemoteEngine, Trouble, Upstream, 
 FEATURES: tuple[Feature, ...] = ("sampling", "structured_outputs", "tools", "reasoning")
 MAX_TOKENS = 8192
 """The API wants a number; this is what a job gets that names none and whose model does not tell its own."""
+SAMPLING_VERSION = "2023-06-01"
+"""The last version of the API that has temperature, top_p and top_k."""
 TIMEOUT = httpx2.Timeout(None, connect=CONNECT_S)
 
 REASONS: dict[str, FinishReason] = {
@@ -77,13 +79,19 @@ class AnthropicEngine(RemoteEngine):
     def troubled(self, error: Exception) -> Trouble:
         return trouble_of(error)
 
+    def continues(self, job: Job) -> bool:
+        """Older models do; the others refuse. What it has is not counted in tokens, so a limit could not be kept."""
+        return job.sampling.max_tokens is None and "thinking" not in _output_fields(job)
+
     async def answer(self, request: Request, give: Give, prefix: str, done: int) -> Ended:
         body = request_body(request.job, self.upstream.model, self._max_tokens, request.blobs)
+        if prefix:
+            body["messages"].append({"role": "assistant", "content": prefix})
         reader = Reader(give)
         async with await self._client.messages.create(**body, stream=True) as events:
             async for event in events:
                 reader.take(event)
-        return reader.ended()
+        return reader.ended(done)
 
 
 class Reader:
@@ -134,15 +142,15 @@ class Reader:
             self._prompt_tokens = usage.input_tokens + cached
         self._completion_tokens = usage.output_tokens
 
-    def ended(self) -> Ended:
-        """The end of the message. Raises BrokenOffError if it did not come."""
+    def ended(self, done: int) -> Ended:
+        """The end of the message, of which ``done`` tokens were there before. Raises BrokenOffError if it did not come."""
         if self._reason is None:
             raise BrokenOffError("The upstream server ended the answer without a stop reason.")
-        return Ended(Usage(self._prompt_tokens, self._completion_tokens), self._reason)
+        return Ended(Usage(max(self._prompt_tokens - done, 0), self._completion_tokens + done), self._reason)
 
 
 def request_body(job: Job, model: str, max_tokens: int, blobs: Blobs) -> dict[str, Any]:
-    """The body of ``POST /v1/messages``.
+    """What the client is called with for ``POST /v1/messages``.
 
     Raises:
         InvalidRequestError: the job asks for what the API does not have.
@@ -156,17 +164,25 @@ def request_body(job: Job, model: str, max_tokens: int, blobs: Blobs) -> dict[st
     }
     if system := "\n\n".join(message.text for message in job.messages if message.role == "system"):
         body["system"] = system
-    if sampling.temperature != 1.0:  # newer models take only one of the two
-        if sampling.temperature > 1.0:
-            raise InvalidRequestError("Anthropic's API takes temperatures up to 1.", param="temperature")
-        body["temperature"] = sampling.temperature
-    if sampling.top_p != 1.0:
-        body["top_p"] = sampling.top_p
-    if sampling.top_k:
-        body["top_k"] = sampling.top_k
     if sampling.stop:
         body["stop_sequences"] = list(sampling.stop)
-    return body | _tool_fields(job) | _output_fields(job)
+    return body | _tool_fields(job) | _output_fields(job) | _sampling_fields(sampling)
+
+
+def _sampling_fields(sampling: Sampling) -> dict[str, Any]:
+    """The parameters that the API dropped with version 2026-10-21. Under the one before, older models honour them, and
+    the others refuse them by name: so does the API then, and nothing is ignored in silence.
+    """
+    asked = {
+        name: getattr(sampling, name)
+        for name in ("temperature", "top_p", "top_k")
+        if getattr(sampling, name) != Sampling.model_fields[name].default
+    }
+    if not asked:
+        return {}
+    if sampling.temperature > 1.0:
+        raise InvalidRequestError("Anthropic's API takes temperatures up to 1.", param="temperature")
+    return {"extra_body": asked, "extra_headers": {"anthropic-version": SAMPLING_VERSION}}
 
 
 def _tool_fields(job: Job) -> dict[str, Any]:

@@ -133,22 +133,32 @@ class RemoteEngine(AsyncEngine):
             raise self._meaning(request.job.id, self.troubled(error)) from error
 
     async def _serve_from(self, request: Request, give: Give) -> Ended:
-        job = request.job
+        """From the beginning, or from where an earlier attempt left off."""
         if not any(piece.said or piece.finish for piece in request.prior):
             return await self.answer(request, give, "", 0)
-        prefix = "".join(piece.text for piece in request.prior)
-        done = sum(piece.k for piece in request.prior)
-        if self.continues(job) and prefix.strip() and is_continuable(job, request.prior):
-            if job.sampling.max_tokens is not None and done >= job.sampling.max_tokens:
-                done = job.sampling.max_tokens - 1  # its units were an estimate: one more token ends it
-            kept = prefix.rstrip()  # templates strip it; then it has to come again
-            replay = Replay([Piece(text=prefix[len(kept) :])], give)
-            ended = await self.answer(request, replay.give, kept, done)
-        elif self.repeats(job):
-            replay = Replay(request.prior, give)
-            ended = await self.answer(request, replay.give, "", 0)
-        else:
+        if self.continues(request.job) and is_continuable(request):
+            passed_on = Counted(give)
+            try:
+                return await self._continue(request, passed_on)
+            except self.errors as error:
+                if passed_on.count or self.troubled(error).status not in REFUSED:
+                    raise
+                log.info("upstream does not go on with an answer", job=request.job.id)
+        if not self.repeats(request.job):
             raise CannotResumeError("its server neither goes on with an answer nor repeats one")
+        replay = Replay(request.prior, give)
+        ended = await self.answer(request, replay.give, "", 0)
+        replay.ended()
+        return ended
+
+    async def _continue(self, request: Request, give: Give) -> Ended:
+        prefix = "".join(piece.text for piece in request.prior)
+        done, most = sum(piece.k for piece in request.prior), request.job.sampling.max_tokens
+        if most is not None and done >= most:
+            done = most - 1  # the log ends with its last token, but nobody knows the finish reason
+        kept = prefix.rstrip()  # chat templates strip it, and some servers refuse it: then it has to come again
+        replay = Replay([Piece(text=prefix[len(kept) :])], give)
+        ended = await self.answer(request, replay.give, kept, done)
         replay.ended()
         return ended
 
@@ -157,7 +167,7 @@ class RemoteEngine(AsyncEngine):
         if trouble.unsent:
             self._is_away(trouble.message)
         elif error.code == UPSTREAM_BUSY:
-            self._pause(error.retry_after_s or BUSY_S)
+            self._pause(BUSY_S if trouble.retry_after_s is None else trouble.retry_after_s)
         if trouble.status not in REFUSED:
             code = trouble.code or trouble.type  # not its message: some servers repeat a part of the key
             log.warning("upstream failed", job=job_id, status=trouble.status, code=code, means=error.code)
@@ -202,13 +212,27 @@ class RemoteEngine(AsyncEngine):
         return True
 
 
-def is_continuable(job: Job, prior: tuple[Piece, ...]) -> bool:
-    """Whether the text of an answer is all that a server needs to go on with it."""
+class Counted:
+    """Passes pieces on, and knows whether there were any."""
+
+    def __init__(self, give: Give) -> None:
+        self._give = give
+        self.count = 0
+
+    def __call__(self, piece: Piece) -> None:
+        self.count += 1
+        self._give(piece)
+
+
+def is_continuable(request: Request) -> bool:
+    """Whether the text of the answer so far is all that a server needs to go on with it."""
+    sampling, prior = request.job.sampling, request.prior
     return (
-        job.sampling.n == 1
-        and job.sampling.guide is None
-        and job.sampling.logprobs is None
+        sampling.n == 1
+        and sampling.guide is None
+        and sampling.logprobs is None
         and not any(piece.reasoning or piece.tool_calls for piece in prior)
+        and any(piece.text.strip() for piece in prior)
     )
 
 
