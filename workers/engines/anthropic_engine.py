@@ -20,16 +20,24 @@ from fastchat_q.registry import ModelCard
 
 from .async_engine import Give
 from .base import Ended, Request
-from .openai_engine import connection_trouble
 from .openai_request import Blobs, forced_function, image
-from .remote import CONNECT_S, BrokenOffError, RemoteEngine, Trouble, Upstream, refuse, status_trouble
+from .remote import (
+    CONNECT_S,
+    TIMEOUT,
+    BrokenOffError,
+    RemoteEngine,
+    Trouble,
+    Upstream,
+    connection_trouble,
+    refuse,
+    status_trouble,
+)
 
 FEATURES: tuple[Feature, ...] = ("sampling", "structured_outputs", "tools", "reasoning")
 MAX_TOKENS = 8192
 """The API wants a number; this is what a job gets that names none and whose model does not tell its own."""
 SAMPLING_VERSION = "2023-06-01"
 """The last version of the API that has temperature, top_p and top_k."""
-TIMEOUT = httpx2.Timeout(None, connect=CONNECT_S)
 
 REASONS: dict[str, FinishReason] = {
     "end_turn": "stop",
@@ -143,7 +151,7 @@ class Reader:
         self._completion_tokens = usage.output_tokens
 
     def ended(self, done: int) -> Ended:
-        """The end of the message, of which ``done`` tokens were there before. Raises BrokenOffError if it did not come."""
+        """The end of the message; ``done`` tokens of it were there before. Raises BrokenOffError if it did not come."""
         if self._reason is None:
             raise BrokenOffError("The upstream server ended the answer without a stop reason.")
         return Ended(Usage(max(self._prompt_tokens - done, 0), self._completion_tokens + done), self._reason)

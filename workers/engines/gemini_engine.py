@@ -20,12 +20,21 @@ from fastchat_q.registry import ModelCard
 
 from .async_engine import Give
 from .base import Ended, Request
-from .openai_engine import UNKNOWN_ID, connection_trouble
 from .openai_request import Blobs, forced_function, image
-from .remote import CONNECT_S, BrokenOffError, RemoteEngine, Trouble, Upstream, refuse, retry_after_s
+from .remote import (
+    CONNECT_S,
+    TIMEOUT,
+    UNKNOWN_ID,
+    BrokenOffError,
+    RemoteEngine,
+    Trouble,
+    Upstream,
+    connection_trouble,
+    refuse,
+    retry_after_s,
+)
 
 FEATURES: tuple[Feature, ...] = ("n", "sampling", "penalties", "logprobs", "structured_outputs", "tools", "reasoning")
-TIMEOUT = httpx2.Timeout(None, connect=CONNECT_S)
 LENGTH = frozenset({"MAX_TOKENS"})
 STOP = frozenset({"STOP", "FINISH_REASON_UNSPECIFIED"})
 BUDGETS = {"none": 0, "minimal": 512, "low": 1024, "medium": 8192, "high": 24576}

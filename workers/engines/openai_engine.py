@@ -20,17 +20,23 @@ from fastchat_q.registry import ModelCard
 from .async_engine import Give
 from .base import Ended, Request
 from .openai_request import PLAIN, Dialect, dialect_of, request_body
-from .remote import CONNECT_S, BrokenOffError, RemoteEngine, Trouble, Upstream, status_trouble
+from .remote import (
+    CONNECT_S,
+    TIMEOUT,
+    UNKNOWN_ID,
+    BrokenOffError,
+    RemoteEngine,
+    Trouble,
+    Upstream,
+    connection_trouble,
+    status_trouble,
+)
 
 log = structlog.get_logger()
 
 TEXT_FEATURES: tuple[Feature, ...] = tuple(feature for feature in get_args(Feature) if feature != "vision")
 NO_KEY = "none"
 """What servers get that ask for no key: the client insists on sending one."""
-UNKNOWN_ID = -1
-"""Of a token whose id the server does not tell."""
-TIMEOUT = httpx2.Timeout(None, connect=CONNECT_S)
-"""How long an answer may pause is the worker's to say, not the client's."""
 
 
 class OpenAIEngine(RemoteEngine):
@@ -203,13 +209,6 @@ def trouble_of(error: Exception) -> Trouble:
         return connection_trouble(error)
     assert isinstance(error, openai.APIError)
     return stream_trouble(error.body, error.message)
-
-
-def connection_trouble(error: Exception) -> Trouble:
-    """No reply, or half of one."""
-    cause = error if isinstance(error, httpx2.HTTPError) else error.__cause__ or error
-    unsent = isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout)
-    return Trouble(0, f"{type(cause).__name__}: {cause}", unsent=unsent)
 
 
 TYPES = {

@@ -14,6 +14,7 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import httpx2
 import structlog
 
 from fastchat_q.errors import FastchatQError, InvalidRequestError, JobFailedError, RetryableError
@@ -28,6 +29,10 @@ from .replay import CannotResumeError, Replay
 log = structlog.get_logger()
 
 CONNECT_S = 10.0
+TIMEOUT = httpx2.Timeout(None, connect=CONNECT_S)
+"""How long an answer may pause is the worker's to say, not the client's."""
+UNKNOWN_ID = -1
+"""Of a token whose id the server does not tell."""
 PROBE_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 """While the server is away it is asked in these intervals, the last one over and over."""
 BUSY_S = 2.0
@@ -294,6 +299,13 @@ def status_trouble(status: int, body: object, message: str, headers: Mapping[str
         _word(detail.get("param")),
         retry_after_s=retry_after_s(headers),
     )
+
+
+def connection_trouble(error: Exception) -> Trouble:
+    """No reply, or half of one."""
+    cause = error if isinstance(error, httpx2.HTTPError) else error.__cause__ or error
+    unsent = isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout)
+    return Trouble(0, f"{type(cause).__name__}: {cause}", unsent=unsent)
 
 
 def _word(value: object) -> str | None:
