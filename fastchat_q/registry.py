@@ -80,7 +80,7 @@ class Registration:
     restarts: int = 0
     """How often that has happened."""
     reason: str = ""
-    """Why it ended the last time."""
+    """Why it ended the last time; of one that serves: why it takes no jobs at the moment."""
 
     @classmethod
     def of_this_process(cls, worker_id: str, card: ModelCard, slots: int, supervisor: int = 0) -> "Registration":

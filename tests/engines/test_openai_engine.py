@@ -268,6 +268,14 @@ def test_a_space_at_the_end_of_what_was_sent_has_to_come_again() -> None:
     events = [counted(" wor", 2), counted("ld", 3), stops(), DONE]
     without = Reply(events=[counted("ld", 1), stops(), DONE])
     with forwarding(Reply(events=events), without, owner="vllm") as (driver, server):
+        got = resumed(driver, job("j"), Piece(text="Hello ", units=3))
+        assert (got.text, server.bodies[0]["messages"][-1]["content"]) == ("world", "Hello")
+        got = resumed(driver, job("k"), Piece(text="Hello ", units=3))
+        assert error_of(got).code == "cannot_resume"
+
+
+def test_other_servers_are_asked_anew_and_what_was_sent_is_skipped() -> None:
+    with forwarding(answer(says("Hello"), says(" world"), stops())) as (driver, server):
         got = resumed(driver, job("j"), Piece(text="Hello wo", units=2))
     assert (got.text, got.usage) == ("rld", Usage(5, 3))
     assert len(server.bodies[0]["messages"]) == 1
