@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from .models import served_name
 
-EngineName = Literal["transformers", "echo"]
+EngineName = Literal["transformers", "echo", "openai", "anthropic", "gemini", "llama-cpp"]
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu", "npu"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal[
@@ -68,6 +68,21 @@ AS_IT_IS = LoadOptions()
 
 
 @dataclass(frozen=True, slots=True)
+class UpstreamOptions:
+    """The server that a forwarding engine asks."""
+
+    base_url: str | None = field(
+        default=None, metadata=_help("Forwarding engines: the server, such as http://host/v1.")
+    )
+    api_key_env: str | None = field(
+        default=None, metadata=_help("Forwarding engines: the environment variable that holds the server's key.")
+    )
+
+
+NO_UPSTREAM = UpstreamOptions()
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerOptions:
     """What a worker is told on its command line."""
 
@@ -80,6 +95,7 @@ class WorkerOptions:
     threads: int | None
     token_delay_ms: float
     load: LoadOptions = AS_IT_IS
+    upstream: UpstreamOptions = NO_UPSTREAM
 
     @property
     def served_as(self) -> str:

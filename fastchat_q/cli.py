@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import __version__, cli_dead, cli_jobs, cli_keys, cli_models, cli_queue
-from .choices import DemandOptions, Device, Dtype, EngineName, LoadOptions, WorkerOptions
+from .choices import DemandOptions, Device, Dtype, EngineName, LoadOptions, UpstreamOptions, WorkerOptions
 from .cli_common import EXIT_USAGE, AsJson, RedisUrl, StateDir, load_settings, parse_duration, with_options
 from .errors import ConfigurationError
 
@@ -34,7 +34,7 @@ Models = Annotated[
     list[str] | None,
     typer.Option(
         "--model",
-        help="tiny, a local folder, or a Hugging Face hub id. Several: each is loaded when a job for it comes; "
+        help="tiny, a folder, a hub id; of another server its name there. Several: each is loaded when a job comes; "
         "NAME=MODEL names one. [default: tiny]",
     ),
 ]
@@ -46,7 +46,7 @@ KeepAlive = Annotated[
 MaxLoaded = Annotated[int, typer.Option("--max-loaded", min=1, help="On demand: models in memory at a time.")]
 Name = Annotated[str | None, typer.Option("--name", help="The name clients use. [default: the model's]")]
 Engine = Annotated[EngineName, typer.Option("--engine", help="echo has no model: it repeats the question.")]
-Slots = Annotated[int | None, typer.Option("--slots", min=1, help="Jobs at a time. [default: 16; echo 64]")]
+Slots = Annotated[int | None, typer.Option("--slots", min=1, help="Jobs at a time. [default: by engine]")]
 OnDevice = Annotated[Device, typer.Option("--device", help="auto: the first accelerator, else the CPU.")]
 InDtype = Annotated[Dtype, typer.Option("--dtype", help="auto: the checkpoint's own.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of torch. [default: cores - 1]")]
@@ -100,7 +100,7 @@ def root(
 
 
 @app.command()
-@with_options(load=LoadOptions)
+@with_options(load=LoadOptions, upstream=UpstreamOptions)
 def up(
     host: Host = None,
     port: Port = None,
@@ -122,6 +122,7 @@ def up(
     max_loaded: MaxLoaded = 1,
     *,
     load: LoadOptions,
+    upstream: UpstreamOptions,
 ) -> None:
     """Run everything: embedded Redis, API, one worker, orchestrator."""
     import asyncio
@@ -134,7 +135,7 @@ def up(
     )
     check_exposure(settings)
     first, *more = all_models(model, models)
-    worker = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load)
+    worker = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream)
     demand = DemandOptions(tuple(more), on_demand, keep_alive, max_loaded)
     offered = offers(worker, demand)  # what is wrong is said here, and not in a log
     arguments = (*worker.arguments(), *demand.arguments(), "--drain-s", str(settings.drain_s))
@@ -165,7 +166,7 @@ def serve(
 
 
 @app.command()
-@with_options(load=LoadOptions)
+@with_options(load=LoadOptions, upstream=UpstreamOptions)
 def worker(
     model: Models = None,
     models: ModelList = None,
@@ -186,6 +187,7 @@ def worker(
     worker_id: WorkerId = None,
     *,
     load: LoadOptions,
+    upstream: UpstreamOptions,
 ) -> None:
     """Run a worker: an engine in a process of its own, and a supervisor for it.
 
@@ -197,7 +199,7 @@ def worker(
     settings = load_settings(state_dir=state_dir, redis_url=redis_url, drain_s=drain_s)
     url = settings.resolved_redis_url
     first, *more = all_models(model, models)
-    options = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load)
+    options = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream)
     demand = DemandOptions(tuple(more), on_demand, keep_alive, max_loaded)
     offered = offers(options, demand)
     if no_supervise:

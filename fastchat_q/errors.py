@@ -222,7 +222,24 @@ class JobFailedError(FastchatQError):
 
 
 class RetryableError(JobFailedError):
-    """The worker is in trouble (no memory left, a device reset), and the job is not to blame: another try may do."""
+    """The worker is in trouble (no memory left, a device reset), and the job is not to blame: another try may do.
+
+    Args:
+        counts: it is one of the few tries that a job has; if not, only its deadline ends them.
+        retry_after_s: when to try again; None: after a backoff.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 500,
+        code: str | None = None,
+        counts: bool = True,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message, status=status, code=code)
+        self.counts, self.retry_after_s = counts, retry_after_s
 
 
 class ConfigurationError(FastchatQError):

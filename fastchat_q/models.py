@@ -13,6 +13,8 @@ def named(words: str) -> tuple[str | None, str]:
 
 
 def served_name(source: str) -> str:
-    """The public name of a model when none is given: a hub id as it is, a folder by its last part."""
+    """The public name of a model when none is given: a hub id as it is, a folder or a GGUF file by its last part."""
     path = Path(source)
+    if path.suffix == ".gguf":
+        return path.stem
     return path.resolve().name if source not in BUILTIN and path.is_dir() else source

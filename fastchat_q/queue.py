@@ -22,6 +22,7 @@ MAX_DEATHS = 4
 KEEP_S = 120.0
 """How long a job is kept after its end, unless its client is expected to come back for it."""
 MAX_RETRIES = 3
+UNCOUNTED = -1
 """Tries that a worker may ask to repeat."""
 REAP_S = 1.0
 """Every worker and every API server reaps this often."""
@@ -141,6 +142,8 @@ class Finish:
     result: Result
     backoff_s: float = 0.0
     """Until the next try, if that is what it asks for."""
+    counts: bool = True
+    """That try is one of `MAX_RETRIES`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,7 +372,7 @@ def finish_call(model: str, finish: Finish) -> scripts.Call:
         finish.result.to_json(),
         usage.total_tokens if usage else 0,
         _ms(finish.backoff_s),
-        MAX_RETRIES,
+        MAX_RETRIES if finish.counts else UNCOUNTED,
     )
     return scripts.Call("finish", keys.model_keys(model).script_keys, args)
 

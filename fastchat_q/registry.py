@@ -85,7 +85,7 @@ class Registration:
     restarts: int = 0
     """How often that has happened."""
     reason: str = ""
-    """Why it ended the last time."""
+    """Why it ended the last time; of one that serves: why it takes no jobs at the moment."""
     on_demand: bool = False
     """The entry is of who loads the model when a job comes; once it is loaded, its own process has an entry."""
     progress: float = 0.0

@@ -12,6 +12,7 @@ import uvloop
 from fastchat_q.choices import WorkerOptions
 from fastchat_q.errors import ConfigurationError
 
+from . import forwarders
 from .active import Links
 from .adapters import Generates
 from .engines.base import Engine
@@ -21,7 +22,7 @@ from .worker import Limits, Worker
 
 log = structlog.get_logger()
 
-DEFAULT_SLOTS = {"transformers": 16, "echo": 64}
+DEFAULT_SLOTS = {"transformers": 16, "echo": 64, "openai": 64, "anthropic": 16, "gemini": 16, "llama-cpp": 4}
 EXIT_FAILED = 1
 EXIT_HUNG = 70
 """The engine's thread hangs: of its own, so that a supervisor of any kind can tell it from a crash."""
@@ -63,6 +64,8 @@ def build_engine(options: WorkerOptions) -> Engine:
         from .engines.echo import EchoEngine
 
         return EchoEngine(name, slots, options.token_delay_ms / 1000)
+    if options.engine in forwarders.KINDS:
+        return forwarders.build(options, name, slots)
     progress = Progress()
     progress(0.0, "import")
     try:

@@ -9,7 +9,7 @@ from fastchat_q.keys import LANES
 LO_FIRST_EVERY = 8
 """One claim of so many serves the batch lane first: a steady stream of interactive jobs does not starve it."""
 GROW_S = 60.0
-"""After the device ran out of memory, one slot comes back so often."""
+"""After the device ran out of memory, one slot comes back so often; after other trouble it may be sooner."""
 ENOUGH_TO_KEEP_ONE = 4
 """With fewer slots, keeping one free would cost too much."""
 
@@ -27,6 +27,7 @@ class Slots:
         self.now = self._most = most
         self._reserve, self._headroom = reserve, headroom
         self._claims: Counter[str] = Counter()
+        self._grow_s = GROW_S
         self._grown_at = 0.0
 
     @property
@@ -61,13 +62,17 @@ class Slots:
         """The headroom that a CLAIM for ``offered`` slots must keep: other slots stay free anyway."""
         return max(0, self.headroom - (self.now - running - offered))
 
-    def shrink(self, running: int, failed: int, now: float) -> None:
-        """Of ``running`` jobs ``failed`` did not fit into memory: one slot less, or half of those that failed."""
+    def shrink(self, running: int, failed: int, now: float, grow_s: float = GROW_S) -> None:
+        """Of ``running`` jobs ``failed`` did not fit: one slot less, or half of those that failed.
+
+        Args:
+            grow_s: one slot comes back so often.
+        """
         self.now = max(1, min(self.now, running - max(1, failed // 2)))
-        self._grown_at = now
+        self._grown_at, self._grow_s = now, grow_s
 
     def grow(self, now: float) -> None:
         """Gives one slot back if the last change is long enough ago."""
-        if self.now < self._most and now - self._grown_at >= GROW_S:
+        if self.now < self._most and now - self._grown_at >= self._grow_s:
             self.now += 1
             self._grown_at = now

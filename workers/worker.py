@@ -4,8 +4,9 @@ import asyncio
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 from redis.exceptions import RedisError
@@ -24,7 +25,7 @@ from fastchat_q.tokens import read_claimed
 
 from .active import Active, Links
 from .claimer import Claimer
-from .engines.base import OUT_OF_MEMORY, Ended, Engine, Output, Request
+from .engines.base import FEWER_AT_A_TIME, Ended, Engine, Output, Request
 from .line import Line
 from .publisher import Publisher
 from .slots import Slots
@@ -147,7 +148,7 @@ class Worker:
             self._active,
             self._turns,
             known=lambda: self._active.keys() | publisher.job_ids(),
-            ready=lambda: not self._watch.slow,
+            ready=lambda: not (self._watch.slow or self._engine.trouble),
             begin=lambda claims, sent: self._begin_all(line, claims, sent),
             freed=asyncio.Event(),
             stopping=self._stopping,
@@ -216,7 +217,7 @@ class Worker:
 
     def _on_outputs(self, outputs: list[Output]) -> None:
         self._ahead.release()
-        running, too_large = len(self._active), 0
+        running, refused = len(self._active), Counter[str]()
         for output in outputs:
             active = self._active.get(output.ticket.partition(" ")[0])
             if active is None or active.ticket != output.ticket:
@@ -226,15 +227,15 @@ class Worker:
             if output.pieces:
                 self._watch.given(active)
             if output.ended is not None:
-                error = output.ended.error
-                too_large += error is not None and error.code == OUT_OF_MEMORY
+                if output.ended.error is not None and output.ended.error.code in FEWER_AT_A_TIME:
+                    refused[output.ended.error.code] += 1
                 self._end(active, output.pieces, output.ended)
             else:
                 urgent, active.emitted = not active.emitted, True
                 active.line.publisher.add(active.claim, active.n, output.pieces, None, urgent)
-        if too_large:
-            self._slots.shrink(running, too_large, time.monotonic())
-            log.warning("out of memory: fewer jobs at a time from now on", slots=self._slots.now)
+        for code, count in refused.items():
+            self._slots.shrink(running, count, time.monotonic(), FEWER_AT_A_TIME[code])
+            log.warning("fewer jobs at a time from now on", reason=code, slots=self._slots.now)
 
     def _end(self, active: Active, pieces: tuple[Piece, ...], ended: Ended) -> None:
         finish = _finish(active, ended)
@@ -316,9 +317,8 @@ class Worker:
                 self._lost(active.claim)
 
     async def _announce(self) -> None:
-        await self._registry.announce(
-            self._registration.at(len(self._active), self._slots.now, self._stopping.is_set())
-        )
+        at = self._registration.at(len(self._active), self._slots.now, self._stopping.is_set())
+        await self._registry.announce(replace(at, reason=self._engine.trouble))
 
     async def _renew(self) -> None:
         """Not for an engine that hangs: its jobs go to somebody else."""
@@ -387,8 +387,8 @@ def _finish(active: Active, ended: Ended) -> Finish:
         return Finish(claim, active.n, "succeeded", ended.finish_reason or "stop", result)
     reason, result = error.code or error.type, Result.from_error(error)
     if isinstance(error, RetryableError):  # full jitter: jobs that failed together do not come back together
-        backoff_s = random.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2**claim.retries))
-        return Finish(claim, active.n, "retry", reason, result, backoff_s)
+        backoff_s = error.retry_after_s or random.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2**claim.retries))
+        return Finish(claim, active.n, "retry", reason, result, backoff_s, error.counts)
     return Finish(claim, active.n, "failed", reason, result)
 
 
