@@ -93,9 +93,7 @@ class Sampler:
             picks[i] = self._with_logprobs(settled[i], logprob, ids[j], found[j, 1:], rows[i].sampling.logprobs or 0)
         return picks
 
-    def _with_logprobs(
-        self, token: int, logprob: float, ids: NDArray[Any], values: NDArray[Any], count: int
-    ) -> Picked:
+    def _with_logprobs(self, token: int, logprob: float, ids: NDArray[Any], values: NDArray[Any], count: int) -> Picked:
         pairs = zip(ids[:count].tolist(), values[:count].tolist(), strict=True)
         top = tuple([Alternative(one, self._texts[one], max(value, IMPOSSIBLE)) for one, value in pairs])
         return Picked(token, TokenLogprob(token, self._texts[token], max(float(logprob), IMPOSSIBLE), top))

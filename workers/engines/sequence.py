@@ -1,6 +1,7 @@
 """One answer on its way through an engine: its tokens, what they mean as text, and when it is over."""
 
-from collections.abc import Callable, Sequence as Ids
+from collections.abc import Callable
+from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -8,7 +9,7 @@ from fastchat_q.errors import InvalidRequestError
 from fastchat_q.events import FinishReason, Piece, TokenLogprob, ToolCallDelta, Usage
 from fastchat_q.jobs import Sampling
 
-from .base import Ended, Output, Request
+from .base import Ended, Output
 from .penalties import Edits
 from .rules import ModelRules, Rules
 from .structured import Guided, Guides
@@ -53,23 +54,6 @@ class Language:
 
 
 @dataclass(slots=True)
-class Answers:
-    """The choices of one request: it ends with the last of them."""
-
-    prompt_tokens: int
-    n: int
-    ended: dict[int, tuple[FinishReason, int]] = field(default_factory=dict)
-    """The finish reason and the tokens of each choice that is over."""
-
-    def end(self, choice: int, reason: FinishReason, tokens: int) -> Ended | None:
-        """The end of the request, if this was its last choice."""
-        self.ended[choice] = reason, tokens
-        if len(self.ended) < self.n:
-            return None
-        return Ended(Usage(self.prompt_tokens, sum(tokens for _, tokens in self.ended.values())), self.ended[0][0])
-
-
-@dataclass(slots=True)
 class Sequence:
     """Deterministic in its tokens: feeding the same ids again gives the same text, which is what resuming rests on."""
 
@@ -78,8 +62,8 @@ class Sequence:
     limit: int
     sampling: Sampling
     language: Language
-    answers: Answers
     choice: int = 0
+    """Which of the answers that its request asks for."""
     parser: Parser | None = None
     ids: list[int] = field(default_factory=list)
     eos_ids: frozenset[int] = field(init=False)
@@ -131,7 +115,13 @@ class Sequence:
         return tuple(self.eos_ids) if len(self.ids) < self.sampling.min_tokens else ()
 
     def accept(self, picked: Picked) -> Output:
-        """Takes the next token in; the output says if it was the last one, of this choice or of the request."""
+        """Takes the next token in; the output says if it was the last one.
+
+        Raises:
+            JobFailedError: its guide could not go on.
+        """
+        if self.guide is not None and self.guide.failure is not None:
+            raise self.guide.failure
         token = picked.token
         self.ids.append(token)
         if self.edits is not None:
@@ -164,48 +154,9 @@ class Sequence:
             self.called |= bool(rest.tool_calls)
         if reason == "stop" and self.called:
             reason = "tool_calls"
-        ended = self.answers.end(self.choice, reason, len(self.ids))
-        return self._output(picked, parts, reason if self.answers.n > 1 else None, ended)
+        return self._output(picked, parts, Ended(Usage(len(self.prompt), len(self.ids)), reason))
 
-    def _output(
-        self, picked: Picked, parts: Parts, finish: FinishReason | None = None, ended: Ended | None = None
-    ) -> Output:
+    def _output(self, picked: Picked, parts: Parts, ended: Ended | None = None) -> Output:
         logprobs = () if picked.logprobs is None else (picked.logprobs,)
-        piece = Piece((picked.token,), parts.text, self.choice, parts.reasoning, parts.tool_calls, logprobs, finish)
+        piece = Piece((picked.token,), parts.text, self.choice, parts.reasoning, parts.tool_calls, logprobs)
         return Output(self.ticket, (piece,), ended)
-
-
-class Begun(NamedTuple):
-    """A request's choices that go on, or the end if all of them are over."""
-
-    rows: list[Sequence]
-    ended: Ended | None
-
-
-def begin(
-    request: Request,
-    prompt: list[int],
-    limit: int,
-    language: Language,
-    parser: Callable[[], Parser] | None = None,
-) -> Begun:
-    """One row for each choice of a request, with what earlier attempts said of it taken in again.
-
-    Raises:
-        InvalidRequestError: a parameter that this model cannot follow.
-    """
-    sampling = request.job.sampling
-    answers, rows = Answers(len(prompt), sampling.n), []
-    for choice in range(sampling.n):
-        row = Sequence(
-            request.ticket, prompt, limit, sampling, language, answers, choice, None if parser is None else parser()
-        )
-        for token in request.prior_ids(choice):
-            ended = row.accept(Picked(token)).ended
-            if ended is not None:
-                return Begun([], ended)
-            if choice in answers.ended:
-                break
-        else:
-            rows.append(row)
-    return Begun(rows, None)

@@ -64,6 +64,14 @@ class Guides:
         return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=sorted(self._eos_ids))  # type: ignore[arg-type]
 
     def _compile(self, guide: Guide) -> LLMatcher:
+        try:
+            return self._matcher(guide)
+        except InvalidRequestError:
+            raise
+        except BaseException as error:  # a panic of llguidance is no Exception: it must not end the engine's thread
+            raise _refusal(guide, f"{type(error).__name__}: {error}") from error
+
+    def _matcher(self, guide: Guide) -> LLMatcher:
         matcher = LLMatcher(self._vocabulary_tree, _grammar(guide), log_level=0)
         if not matcher.is_error():
             matcher.compute_bitmask()  # builds the first states of the lexer here, not within a step
@@ -81,6 +89,8 @@ class Guided:
         self._consumed = 0
         self.eos_ids = eos_ids
         """What the end of a complete answer looks like; it ends the row even if it ignores the model's end."""
+        self.failure: JobFailedError | None = None
+        """Why it cannot go on: its row has left the grammar, or the grammar grew beyond llguidance's limits."""
 
     @property
     def ready(self) -> bool:
@@ -92,11 +102,7 @@ class Guided:
         return self._compiled.done() and self._compiled.result() is not None
 
     def fill(self, bits: NDArray[np.uint8], ids: Sequence[int]) -> None:
-        """Writes the mask for the token behind ids: whole words of 32 tokens, lowest bit first.
-
-        Raises:
-            JobFailedError: the row has left its grammar, or the grammar grew beyond llguidance's limits.
-        """
+        """Writes the mask for the token behind ids: whole words of 32 tokens, lowest bit first. See `failure`."""
         if self._matcher is None:
             self._matcher = self._compiled.result().deep_copy()
         for token in ids[self._consumed :]:
@@ -104,9 +110,8 @@ class Guided:
         self._consumed = len(ids)
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         if self._matcher.is_error():
-            raise JobFailedError(
-                f"The structured output could not go on: {_first_line(self._matcher.get_error())}", code="guide_error"
-            )
+            reason = _first_line(self._matcher.get_error())
+            self.failure = JobFailedError(f"The structured output could not go on: {reason}", code="guide_error")
 
 
 def mask(logits: torch.Tensor, at: Sequence[int], bits: NDArray[np.uint8]) -> None:

@@ -13,13 +13,17 @@ from fastchat_q.registry import ModelCard
 from .base import Ended, Engine, Output, Request
 from .batch import Batch, Forward
 from .loading import Loaded
-from .sampling import sample
-from .sequence import Sequence
-from .text import Detokenizer, StopMatcher
+from .rules import ModelRules
+from .sampling import Sampler
+from .sequence import Language, Picked, Sequence
+from .structured import Guides
+from .text import TokenTexts
 from .trouble import job_error
 
 PREFILL_BUDGET = 512
 """Prompt tokens taken in between two decode steps; one prompt always goes, however long."""
+COMPILING_S = 0.005
+"""How often it looks whether a grammar is compiled, when nothing else is to be done."""
 FIRST_FORWARD_S = 120.0
 """An accelerator loads and compiles its kernels during the first forward pass."""
 
@@ -29,11 +33,19 @@ class TransformersEngine(Engine):
 
     def __init__(self, name: str, slots: int, loaded: Loaded) -> None:
         dtype = str(loaded.model.dtype).removeprefix("torch.")
-        card = ModelCard(name, "transformers", loaded.context_length, int(time.time()), loaded.device.type, dtype)
+        features = ("penalties", "sampling", "logprobs", "structured_outputs")
+        card = ModelCard(
+            name, "transformers", loaded.context_length, int(time.time()), loaded.device.type, dtype, features=features
+        )
         super().__init__(card, slots)
         self._loaded = loaded
         self._forward = Forward(loaded.model)
         self._vocabulary = loaded.model.config.get_text_config().vocab_size
+        self._sampler = Sampler(TokenTexts(loaded.tokenizer))
+        guides = Guides(loaded.tokenizer, self._vocabulary, loaded.eos_ids)
+        self._language = Language(
+            self._vocabulary, loaded.eos_ids, self._decode_ids, guides, ModelRules.of(loaded.model)
+        )
         self._waiting: deque[Sequence] = deque()
         self._batches: list[Batch[Sequence]] = []
         self._replayed: list[Output] = []  # ends that no forward pass is needed for
@@ -45,7 +57,7 @@ class TransformersEngine(Engine):
     def admit(self, request: Request) -> None:
         sequence = self._sequence(request)
         for token in request.prior_ids():  # replays text and stop state of an earlier attempt; its output is known
-            last = sequence.accept(token)
+            last = sequence.accept(Picked(token))
             if last.ended is not None:
                 self._replayed.append(Output(request.ticket, ended=last.ended))
                 return
@@ -59,7 +71,9 @@ class TransformersEngine(Engine):
                 self._replayed += self._leave(batch, {ticket})
 
     def wait_s(self) -> float | None:
-        return 0.0 if self._waiting or self._batches or self._replayed else None
+        if self._batches or self._replayed or any(_is_ready(sequence) for sequence in self._waiting):
+            return 0.0
+        return COMPILING_S if self._waiting else None
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
@@ -67,8 +81,10 @@ class TransformersEngine(Engine):
         for batch in list(self._batches):
             outputs += self._decode(batch)
         budget = PREFILL_BUDGET
-        while self._waiting and budget > 0:
-            sequence = self._waiting.popleft()
+        ready = [sequence for sequence in self._waiting if _is_ready(sequence)]
+        while ready and budget > 0:
+            sequence = ready.pop(0)
+            self._waiting.remove(sequence)
             budget -= len(sequence.prompt) + len(sequence.ids)
             outputs += self._prefill(sequence)
         return outputs
@@ -79,8 +95,9 @@ class TransformersEngine(Engine):
             self.busy_for(FIRST_FORWARD_S)
             self._warm = True
         try:
+            assert sequence.ready  # raises what is wrong with its grammar
             logits, cache = self._forward.prefill(ids)
-            output = sequence.accept(sample(logits, [sequence.draw()])[0])
+            output = sequence.accept(self._sampler.pick(logits, [sequence])[0])
         except Exception as error:  # this request fails, its neighbours do not
             return _failed([sequence], error)
         return [output] if output.ended is not None else self._start_decoding(sequence, cache, len(ids), output)
@@ -99,11 +116,11 @@ class TransformersEngine(Engine):
 
     def _decode(self, batch: Batch[Sequence]) -> list[Output]:
         try:
-            tokens = sample(batch.decode(), [row.draw() for row in batch.rows])
+            picks = self._sampler.pick(batch.decode(), batch.rows)
         except Exception as error:  # the cache of this batch is undefined now
             self._batches.remove(batch)
             return _failed(batch.rows, error)
-        outputs = [_accept(row, token) for row, token in zip(batch.rows, tokens, strict=True)]
+        outputs = [_accept(row, picked) for row, picked in zip(batch.rows, picks, strict=True)]
         ended = {output.ticket for output in outputs if output.ended is not None}
         return outputs + self._leave(batch, ended) if ended else outputs
 
@@ -129,9 +146,7 @@ class TransformersEngine(Engine):
             prompt=prompt,
             limit=self._limit(len(prompt), sampling.max_tokens),
             sampling=sampling,
-            eos_ids=frozenset() if sampling.ignore_eos else self._loaded.eos_ids,
-            detokenizer=Detokenizer(self._decode_ids),
-            stop=StopMatcher(sampling.stop),
+            language=self._language,
         )
 
     def _decode_ids(self, ids: list[int]) -> str:
@@ -180,9 +195,17 @@ class TransformersEngine(Engine):
         return max_tokens or context - prompt_tokens
 
 
-def _accept(sequence: Sequence, token: int) -> Output:
+def _is_ready(sequence: Sequence) -> bool:
+    """Whether it can be prefilled, if only to find out what is wrong with its grammar."""
     try:
-        return sequence.accept(token)
+        return sequence.ready
+    except InvalidRequestError:
+        return True
+
+
+def _accept(sequence: Sequence, picked: Picked) -> Output:
+    try:
+        return sequence.accept(picked)
     except Exception as error:  # tokens that this tokenizer cannot decode: its neighbours go on
         [failure] = _failed([sequence], error)
         return failure
