@@ -173,13 +173,14 @@ def _cut(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
     numbers = _numbers(rows, logits.device)
     logits = logits / numbers[:, TEMPERATURE, None]
     values, ids = logits.topk(min(CANDIDATES, logits.shape[-1]), -1)  # (rows, candidates), descending
-    lowest = _lowest(values, logits.logsumexp(-1, keepdim=True), numbers)
+    first, lowest = _lowest(values, logits.logsumexp(-1, keepdim=True), numbers)
     kept = values >= lowest
     ids, order = ids.masked_fill(~kept, logits.shape[-1]).sort(-1)
     weights = (values - values[:, :1]).exp().masked_fill(~kept, 0).gather(-1, order)
     tokens = ids.gather(-1, _invert(weights, numbers[:, UNIFORM, None])[:, None]).squeeze(-1)
     if values.shape[-1] < logits.shape[-1]:
-        tokens = tokens.where(values[:, -1] < lowest[:, 0], -1)
+        last = values[:, -1:]
+        tokens = tokens.where(((last < lowest) & ((last < first) | (first == -torch.inf))).squeeze(-1), -1)
     return tokens.int()
 
 
@@ -188,28 +189,29 @@ def _sorted(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
     numbers = _numbers(rows, logits.device)
     logits = logits / numbers[:, TEMPERATURE, None]
     values = logits.sort(-1, descending=True).values
-    lowest = _lowest(values, logits.logsumexp(-1, keepdim=True), numbers)
+    _, lowest = _lowest(values, logits.logsumexp(-1, keepdim=True), numbers)
     return _invert(logits.masked_fill(logits < lowest, -torch.inf).softmax(-1), numbers[:, UNIFORM, None])
 
 
 WAYS = {GREEDY: _greedy, WHOLE: _whole, CUT: _cut}
 
 
-def _lowest(values: torch.Tensor, total: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """The lowest logit (rows, 1) that min_p, top_k and top_p keep, from the highest ones in descending order.
+def _lowest(values: torch.Tensor, total: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lowest logits (rows, 1) that min_p and top_k keep, and that top_p keeps of those; -inf: they keep all.
 
-    If it is the last of the values, there may be more tokens to keep. ``total`` is the logsumexp of all tokens.
+    ``values`` are the highest logits in descending order, ``total`` is the logsumexp of all. Where a result is not
+    above the last of the values, there may be more tokens to keep, and what top_p says of them is not right yet.
     """
     top_k, top_p = numbers[:, TOP_K, None], numbers[:, TOP_P, None]
     kth = values.gather(-1, (top_k.long() - 1).clamp(0, values.shape[-1] - 1))
-    lowest = values[:, :1] + numbers[:, MIN_P, None].log()  # min_p is a share of the highest probability
-    lowest = lowest.maximum(kth.where(top_k > 0, -torch.inf))
-    left = values >= lowest
-    total = total.where(lowest == -torch.inf, values.masked_fill(~left, -torch.inf).logsumexp(-1, keepdim=True))
+    first = values[:, :1] + numbers[:, MIN_P, None].log()  # min_p is a share of the highest probability
+    first = first.maximum(kth.where(top_k > 0, -torch.inf))
+    left = values >= first
+    total = total.where(first == -torch.inf, values.masked_fill(~left, -torch.inf).logsumexp(-1, keepdim=True))
     probabilities = (values - total).exp().masked_fill(~left, 0)
     before = probabilities.cumsum(-1) - probabilities
     size = ((before < top_p) & left).sum(-1, keepdim=True).clamp_min(1)
-    return lowest.maximum(values.gather(-1, size - 1)).clamp_min(LOWEST)
+    return first, first.maximum(values.gather(-1, size - 1)).clamp_min(LOWEST)
 
 
 def _invert(probabilities: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
