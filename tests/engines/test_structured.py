@@ -7,6 +7,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 from fastchat_q.workers.engines.base import Request
 from fastchat_q.workers.engines.loading import Loaded
 from fastchat_q.workers.engines.sampling import Sampler
@@ -176,7 +177,6 @@ def test_min_tokens_holds_the_end_off_while_the_grammar_allows_more(running: Dri
         ("json_schema", '{"type":"array","items":' * 3000 + "{}" + "}" * 3000, "recursion"),
         ("regex", "(", "unclosed"),
         ("regex", "(?=a)b", "look-around"),
-        ("regex", "((a{900}){900}){900}", "cannot be used"),
         ("choice", "[]", "at least one"),
         ("choice", "[1]", "string"),
         ("choice", "yes", "Expecting value"),
@@ -191,9 +191,17 @@ def test_what_cannot_be_followed_is_refused_with_its_reason_while_others_go_on(
     bad, good = running.run(guided("bad", kind, value), guided("good", "choice", ["fine"]))
     error = error_of(bad)
     assert isinstance(error, InvalidRequestError)
+    assert error.param
     assert said in str(error)
     assert len(str(error)) < 500
     assert not bad.ids
+    assert good.text == "fine"
+
+
+def test_a_regex_beyond_the_limits_fails_alone(running: Driver) -> None:
+    bad, good = running.run(guided("bad", "regex", "(a{900}){900}"), guided("good", "choice", ["fine"]))
+    assert isinstance(error_of(bad), InvalidRequestError)
+    assert "too many" in str(error_of(bad))
     assert good.text == "fine"
 
 
@@ -261,8 +269,6 @@ def test_the_choices_of_a_request_go_their_own_ways(speaks: Language) -> None:
 
 def finish(rows: list[Sequence]) -> list[list[int]]:
     """Runs rows to their ends over logits that say nothing."""
-    import torch
-
     sampler, going = Sampler(TokenTexts(rows[0].language.guides._tokenizer)), list(rows)
     while going:
         assert all(one.guide is None or one.guide._compiled.result() for one in going)
@@ -285,8 +291,6 @@ def test_a_guided_row_draws_the_same_beside_any_neighbours(speaks: Language) -> 
 
 
 def test_logprobs_of_a_guided_row_are_those_of_the_model(speaks: Language) -> None:
-    import torch
-
     logits = torch.randn(1, speaks.vocabulary, generator=torch.Generator().manual_seed(0))
     one = row(speaks, guide=Guide(kind="choice", value='["a"]'), logprobs=2)
     assert one.guide is not None
@@ -321,13 +325,11 @@ def test_the_log_of_a_finished_guided_answer_ends_it_at_once(tiny: Loaded, runni
 
 def test_a_picked_token_outside_the_mask_is_noticed(speaks: Language) -> None:
     one = row(speaks, guide=Guide(kind="regex", value="[0-9]+"))
-    finish_one = Sampler(TokenTexts(speaks.guides._tokenizer))
-    import torch
-
+    sampler = Sampler(TokenTexts(speaks.guides._tokenizer))
     assert one.guide is not None
     one.guide._compiled.result()
     letter = int(speaks.guides._tokenizer.encode("q", add_special_tokens=False)[0])
     one.accept(Picked(letter))
-    [picked] = finish_one.pick(torch.zeros(1, speaks.vocabulary), [one])
-    with pytest.raises(Exception, match="could not go on"):
+    [picked] = sampler.pick(torch.zeros(1, speaks.vocabulary), [one])
+    with pytest.raises(InvalidRequestError, match="cannot be followed"):
         one.accept(picked)

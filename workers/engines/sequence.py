@@ -118,7 +118,7 @@ class Sequence:
         """Takes the next token in; the output says if it was the last one.
 
         Raises:
-            JobFailedError: its guide could not go on.
+            InvalidRequestError: its guide cannot be followed any further.
         """
         if self.guide is not None and self.guide.failure is not None:
             raise self.guide.failure

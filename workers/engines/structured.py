@@ -18,7 +18,7 @@ from llguidance.hf import from_tokenizer
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fastchat_q.errors import InvalidRequestError, JobFailedError
+from fastchat_q.errors import InvalidRequestError
 from fastchat_q.jobs import Guide
 
 from .penalties import to_device
@@ -56,7 +56,7 @@ class Guides:
         self._compiled.move_to_end(guide)
         if len(self._compiled) > CACHED_GRAMMARS:
             self._compiled.popitem(last=False)
-        return Guided(compiled, self._eos_ids)
+        return Guided(guide, compiled, self._eos_ids)
 
     @cached_property
     def _vocabulary_tree(self) -> LLTokenizer:
@@ -83,13 +83,14 @@ class Guides:
 class Guided:
     """Where one row is in its grammar. It catches up with the row's tokens when a mask is due, prior ones included."""
 
-    def __init__(self, compiled: Future[LLMatcher], eos_ids: frozenset[int]) -> None:
+    def __init__(self, guide: Guide, compiled: Future[LLMatcher], eos_ids: frozenset[int]) -> None:
+        self._guide = guide
         self._compiled = compiled
         self._matcher: LLMatcher | None = None
         self._consumed = 0
         self.eos_ids = eos_ids
         """What the end of a complete answer looks like; it ends the row even if it ignores the model's end."""
-        self.failure: JobFailedError | None = None
+        self.failure: InvalidRequestError | None = None
         """Why it cannot go on: its row has left the grammar, or the grammar grew beyond llguidance's limits."""
 
     @property
@@ -111,7 +112,8 @@ class Guided:
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         if self._matcher.is_error():
             reason = _first_line(self._matcher.get_error())
-            self.failure = JobFailedError(f"The structured output could not go on: {reason}", code="guide_error")
+            message = f"The {_name(self._guide)} cannot be followed any further: {reason}"
+            self.failure = InvalidRequestError(message, param=_param(self._guide), code="guide_error")
 
 
 def mask(logits: torch.Tensor, at: Sequence[int], bits: NDArray[np.uint8]) -> None:
@@ -155,9 +157,11 @@ def _parsed(guide: Guide) -> Any:
 
 
 def _refusal(guide: Guide, reason: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"The {guide.kind.replace('_', ' ')} cannot be used: {_first_line(reason)}", param=_param(guide)
-    )
+    return InvalidRequestError(f"The {_name(guide)} cannot be used: {_first_line(reason)}", param=_param(guide))
+
+
+def _name(guide: Guide) -> str:
+    return {"json_schema": "JSON schema", "json_object": "JSON object"}.get(guide.kind, guide.kind)
 
 
 def _param(guide: Guide) -> str:
