@@ -171,7 +171,7 @@ penalties = st.fixed_dictionaries(
         "presence_penalty": st.floats(-2, 2),
         "frequency_penalty": st.floats(-2, 2),
         "repetition_penalty": st.floats(0.1, 5),
-        "logit_bias": st.dictionaries(st.integers(0, 49), st.floats(-100, 100), max_size=8),
+        "logit_bias": st.dictionaries(st.integers(0, 299), st.floats(-100, 100), max_size=8),
     },
 )
 
@@ -204,16 +204,16 @@ def pick_at(uniforms: list[float], logits: torch.Tensor, rows: list[Sequence]) -
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(
     parameters=penalties,
-    prompt=st.lists(st.integers(0, 49), max_size=150),
-    ids=st.lists(st.integers(0, 49), max_size=150),
+    prompt=st.lists(st.integers(0, 299), max_size=400),
+    ids=st.lists(st.integers(0, 299), max_size=400),
 )
 def test_bias_and_penalties_change_logits_as_the_reference_does(
     parameters: dict[str, Any], prompt: list[int], ids: list[int]
 ) -> None:
-    logits = random_logits(2, 50)
+    logits = random_logits(2, 300)
     edited = logits.clone()
-    one = row(language(50), prompt=prompt, ids=ids, **parameters)
-    _edit(edited, [row(language(50)), one])
+    one = row(language(300), prompt=prompt, ids=ids, **parameters)
+    _edit(edited, [row(language(300)), one])
     assert torch.equal(edited[0], logits[0]), "a neighbour without parameters"
     torch.testing.assert_close(edited[1].double(), changed(logits[1], one.sampling, prompt, ids), rtol=1e-5, atol=1e-4)
 

@@ -1,6 +1,6 @@
 """Bias and penalties as sparse edits: only the tokens that a row names or has seen are touched, never all logits."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,23 +20,25 @@ class Edits:
     the repetition penalty counts those of the prompt too.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Iterable[int]) -> None:
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self._repetition = sampling.repetition_penalty
         self._frequency = sampling.frequency_penalty
         self._presence = sampling.presence_penalty
-        self._at: dict[int, int] = {}
+        seen = prompt if self._repetition != 1.0 else ()
+        tokens = list(dict.fromkeys([*sampling.logit_bias, *seen]))
+        self._at = {token: entry for entry, token in enumerate(tokens)}
         """The entry of a token."""
-        self._counts: list[int] = []
-        self._ids: NDArray[np.int64] = np.zeros(ROOM, np.int64)
-        self._factors: NDArray[np.float32] = np.zeros((3, ROOM), np.float32)  # plus, scale, minus
-        for token, bias in sampling.logit_bias.items():
-            self._factors[0, self._entry(token)] = bias
-        if self._repetition != 1.0:
-            for token in dict.fromkeys(prompt):
-                self._factors[1, self._entry(token)] = self._repetition
+        self._counts = [0] * len(tokens)
+        self._ids = np.zeros(len(tokens) + ROOM, np.int64)
+        self._ids[: len(tokens)] = tokens
+        self._factors = np.zeros((3, len(tokens) + ROOM), np.float32)  # plus, scale, minus
+        self._factors[0, : len(sampling.logit_bias)] = [*sampling.logit_bias.values()]
+        self._factors[1] = 1.0
+        if seen:
+            self._factors[1, [self._at[token] for token in set(seen)]] = self._repetition
 
     @classmethod
-    def of(cls, sampling: Sampling, prompt: Iterable[int]) -> "Edits | None":
+    def of(cls, sampling: Sampling, prompt: Sequence[int]) -> "Edits | None":
         """None: this row has no bias and no penalties."""
         penalties = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
         return cls(sampling, prompt) if penalties or sampling.logit_bias else None
@@ -68,7 +70,7 @@ class Edits:
                 self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
                 self._factors = np.concatenate([self._factors, np.zeros_like(self._factors)], axis=1)
             self._ids[entry] = token
-            self._factors[1, entry] = 1.0
+            self._factors[:, entry] = 0.0, 1.0, 0.0
             self._counts.append(0)
         return entry
 

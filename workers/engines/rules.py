@@ -31,7 +31,7 @@ class Rules:
 
     def apply(self, logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
         """Logits (1, vocabulary) for the token behind prompt and answer -> what the model's config makes of them."""
-        return self._chain(torch.tensor([ids], device=self._device), logits)
+        return self._chain(torch.tensor([ids], device=self._device), logits)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class ModelRules:
 
     def row(self, prompt_tokens: int, limit: int) -> Rules:
         """The rules for a row that may generate ``limit`` tokens, in the order of ``generate``."""
-        config, device, chain = self.config, self.device, LogitsProcessorList()
+        config, device, chain = self.config, str(self.device), LogitsProcessorList()
         if config.sequence_bias:
             chain.append(processors.SequenceBiasLogitsProcessor(config.sequence_bias))
         if config.no_repeat_ngram_size:
@@ -65,4 +65,4 @@ class ModelRules:
         if config.begin_suppress_tokens:
             begin = config.begin_suppress_tokens
             chain.append(processors.SuppressTokensAtBeginLogitsProcessor(begin, prompt_tokens, device))
-        return Rules(chain, device)
+        return Rules(chain, self.device)

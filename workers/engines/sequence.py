@@ -150,7 +150,7 @@ class Sequence:
         parts = self._parse(text)
         if self.parser is not None:
             rest = self.parser.flush()
-            parts = Parts(*(a + b for a, b in zip(parts, rest, strict=True)))
+            parts = Parts(parts.text + rest.text, parts.reasoning + rest.reasoning, parts.tool_calls + rest.tool_calls)
             self.called |= bool(rest.tool_calls)
         if reason == "stop" and self.called:
             reason = "tool_calls"

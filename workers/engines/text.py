@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any
 
 REPLACEMENT = "\ufffd"
 MAX_HELD_TOKENS = 8
@@ -83,17 +83,13 @@ class StopMatcher:
         return 0
 
 
-class Vocabulary(Protocol):
-    """What is asked of a transformers tokenizer here; fast ones have a ``backend_tokenizer`` too."""
-
-    def convert_ids_to_tokens(self, ids: int) -> str | None:
-        """A token as the vocabulary spells it."""
-
-
 class TokenTexts:
-    """What each token decodes to by itself: with its leading space, and U+FFFD for bytes that make no character."""
+    """What each token of a transformers tokenizer decodes to by itself.
 
-    def __init__(self, tokenizer: Vocabulary) -> None:
+    With its leading space, which ``decode`` drops, and U+FFFD for bytes that make no character.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = json.loads(backend.decoder.__getstate__()) if backend is not None and backend.decoder else {}
