@@ -168,14 +168,15 @@ class CatchUp:
 
     async def _put_back(self, stream: JobStream, found: _Found) -> bool:
         """The log has fewer tokens than its client: a failover lost them."""
-        ids, text = await self._whole_log(stream)
-        lost = stream.entries(ids, text)
+        logged = await read(self._redis, stream.model, stream.job_id)
+        lost = stream.entries(logged)
         if lost is None:  # written on meanwhile
             return await self._go_round(stream)
         if not lost:  # it is whole again
             return False
-        log.warning("log rolled back, tokens put back", job=stream.job_id, logged=len(ids), tokens=stream.seen)
-        await self._queue.restore(stream.model, stream.job_id, len(ids), lost)
+        have = logged[-1].n if logged else 0
+        log.warning("log rolled back, tokens put back", job=stream.job_id, logged=have, tokens=stream.seen)
+        await self._queue.restore(stream.model, stream.job_id, have, lost)
         return True
 
     async def _go_round(self, stream: JobStream, delta: Delta | None = None) -> bool:
@@ -185,9 +186,10 @@ class CatchUp:
             delta: the entry that does not begin behind what the stream has.
         """
         if stream.submission is not None:
-            rest = stream.ahead(*await self._whole_log(stream))
+            rest = stream.ahead(await read(self._redis, stream.model, stream.job_id))
             if rest is not None:
-                stream.feed(rest)
+                for behind in rest:
+                    stream.feed(behind)
                 return True
         elif delta is not None and delta.n - delta.k < stream.seen == stream.start:  # the reader says that it has it
             return _refuse(stream)
@@ -197,10 +199,6 @@ class CatchUp:
         """Its reader has tokens that are not those of the log, under ids that nobody is to go on behind."""
         await self._queue.restore(stream.model, stream.job_id, stream.seen)
         return _diverge(stream)
-
-    async def _whole_log(self, stream: JobStream) -> tuple[tuple[int, ...], str]:
-        logged = await read(self._redis, stream.model, stream.job_id)
-        return tuple(token for delta in logged for token in delta.ids), "".join(delta.text for delta in logged)
 
 
 def _diverge(stream: JobStream) -> bool:

@@ -48,7 +48,7 @@ class View:
 
 def completion(view: View, events: Sequence[Event], end: End) -> dict[str, Any]:
     """The ``chat.completion`` object of a job that succeeded."""
-    text = "".join(event.text for event in events if isinstance(event, Delta))
+    text = "".join(piece.text for event in events if isinstance(event, Delta) for piece in event.pieces)
     result = end.result
     return {
         "id": view.completion_id,
@@ -112,7 +112,7 @@ class ChunkWriter:
         """The chunks of some events: text that came together goes out together."""
         last = events[-1]
         deltas = events[:-1] if isinstance(last, End) else events
-        text = "".join([event.text for event in deltas])  # type: ignore[union-attr]
+        text = "".join([piece.text for event in deltas for piece in event.pieces])  # type: ignore[union-attr]
         body = b""
         if text:
             body = b"id: %d" % deltas[-1].n + self._content_open + orjson.dumps(text) + self._content_close

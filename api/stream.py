@@ -8,11 +8,11 @@ import asyncio
 import contextlib
 import io
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastchat_q.errors import FastchatQError
-from fastchat_q.events import Delta, End, Event, Result, Usage, encode_payload
+from fastchat_q.events import Delta, End, Event, Piece, Result, Usage, encode_payload
 from fastchat_q.jobs import Job
 from fastchat_q.queue import LogEntry, Terms
 
@@ -85,7 +85,8 @@ class JobStream:
         self._drained = drained
         self._ids = array("Q")
         self._text = io.StringIO()
-        self._marks = array("Q")  # (tokens, characters) at the end of each event
+        self._marks = array("Q")  # (n, tokens, characters) at the end of each event
+        self._rich: dict[int, bytes] = {}  # by n, what is more than ids and text
 
     def feed(self, event: Event) -> bool:
         """Takes an event in, from the channel or the log. False: it does not follow what was there, read the log."""
@@ -102,8 +103,10 @@ class JobStream:
             self.seen = event.n
             if self.submission is not None:
                 self._ids.extend(event.ids)
-                self._text.write(event.text)
-                self._marks.extend((event.n, self._text.tell()))
+                self._text.write(event.said)
+                self._marks.extend((event.n, len(self._ids), self._text.tell()))
+                if not event.is_plain:
+                    self._rich[event.n] = encode_payload(event.pieces)
         else:
             if event.n > self.seen or self.is_beyond(event):
                 return False
@@ -156,28 +159,37 @@ class JobStream:
         """Events that the reader has not taken yet."""
         return len(self._events)
 
-    def entries(self, ids: tuple[int, ...] = (), text: str = "") -> list[LogEntry] | None:
-        """What was received behind ``ids`` and ``text``, as the log had it; None if it was something else.
+    def entries(self, logged: Sequence[Delta] = ()) -> list[LogEntry] | None:
+        """What was received behind ``logged``, as the log had it; None if it was something else.
 
         In the same pieces: a client that comes back with the id of any of its events gets the exact rest.
         """
         mine, said = tuple(self._ids), self._text.getvalue()
+        ids, text = _flat(logged)
         if mine[: len(ids)] != ids or not said.startswith(text):
             return None
         found: list[LogEntry] = []
-        at, read = len(ids), len(text)
-        for n, length in zip(self._marks[::2], self._marks[1::2], strict=True):
+        at, have, read = logged[-1].n if logged else 0, len(ids), len(text)
+        for n, count, length in zip(self._marks[::3], self._marks[1::3], self._marks[2::3], strict=True):
             if n > at:
-                found.append((n, n - at, encode_payload(mine[at:n], said[read:length])))
-                at, read = n, max(length, read)
+                payload = self._rich.get(n) or encode_payload([Piece(mine[have:count], said[read:length])])
+                found.append((n, n - at, payload))
+                at, have, read = n, count, max(length, read)
         return found
 
-    def ahead(self, ids: tuple[int, ...], text: str) -> Delta | None:
-        """What ``ids`` and ``text``, all tokens of the log, have beyond what was received; None if they differ."""
+    def ahead(self, logged: Sequence[Delta]) -> Sequence[Delta] | None:
+        """What the whole log has beyond what was received; None if they differ."""
         mine, said = tuple(self._ids), self._text.getvalue()
+        ids, text = _flat(logged)
         if ids[: len(mine)] != mine or not text.startswith(said):
             return None
-        return Delta(len(ids), len(ids) - len(mine), ids[len(mine) :], text[len(said) :])
+        behind = [delta for delta in logged if delta.n > self.seen]
+        if not behind or behind[0].n - behind[0].k == self.seen:
+            return behind
+        if not all(delta.is_plain for delta in logged):  # an event that the reader has in part cannot be cut
+            return None
+        rest = ids[len(mine) :]
+        return [Delta(len(ids), len(rest), (Piece(rest, text[len(said) :]),))]
 
     def watch(self, period_s: float, limit_s: float) -> None:
         """Called every ``period_s``: gives a reader up that took nothing for ``limit_s`` while events wait for it."""
@@ -193,3 +205,8 @@ class JobStream:
         self.place = None
         self._events.append(end)
         self._some.set()
+
+
+def _flat(deltas: Sequence[Delta]) -> tuple[tuple[int, ...], str]:
+    """All ids and all that is said, whatever the entries they are in."""
+    return tuple([token for delta in deltas for token in delta.ids]), "".join([delta.said for delta in deltas])

@@ -19,7 +19,7 @@ from fastchat_q.api.service import Service
 from fastchat_q.api.stream import JobStream, Submission
 
 from fastchat_q.connection import connect
-from fastchat_q.events import Delta, End, Result, Usage
+from fastchat_q.events import Delta, End, Piece, Result, Usage
 from fastchat_q.jobs import Job
 from fastchat_q.queue import Queue, Terms
 from fastchat_q.registry import ModelCard
@@ -72,7 +72,7 @@ class DirectRelay(Relay):
                 await self._some.wait()
             for job_id, (stream, words, limit) in list(self._jobs.items()):
                 n = stream.seen + 1
-                stream.feed(Delta(n, 1, (n,), words[n % len(words)]))
+                stream.feed(Delta(n, 1, (Piece((n,), words[n % len(words)]),)))
                 if n >= limit:
                     stream.feed(End(n, "succeeded", "length", Result("length", Usage(len(words), n))))
                     del self._jobs[job_id]

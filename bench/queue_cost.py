@@ -22,7 +22,7 @@ from processes import server
 from fastchat_q import keys
 from fastchat_q.connection import connect
 from fastchat_q.embedded import server_binary, server_version
-from fastchat_q.events import Result
+from fastchat_q.events import Piece, Result
 from fastchat_q.jobs import Job, Message, Sampling
 from fastchat_q.queue import Claim, Finish, Queue, Terms
 from fastchat_q.tokens import Chunk, append
@@ -89,8 +89,8 @@ class Side:
         held += await self.timed("CLAIM 4", lambda: self.claim(4))
         await self.put(27)
         held += await self.claim(27)
-        one = [Chunk(held[0], 1, (7,), " word")]
-        many = [Chunk(c, 2 if c is held[0] else 1, (7,), " word") for c in held]
+        one = [Chunk(held[0], 1, (Piece((7,), " word"),))]
+        many = [Chunk(c, 2 if c is held[0] else 1, (Piece((7,), " word"),)) for c in held]
         await self.timed("EMIT 1", lambda: append(self.redis, MODEL, one))
         await self.timed("EMIT 32", lambda: append(self.redis, MODEL, many))
         ends = [Finish(c, 2 if c is held[0] else 1, "succeeded", "stop", Result("stop")) for c in held]

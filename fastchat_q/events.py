@@ -4,8 +4,10 @@ A published message is one or more lines; a line is ``<job id> <n> <k> <payload>
 n, or ``<job id> <n> end <json>``. The token log holds the same payload under the id ``0-<n>``.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import orjson
 
@@ -13,17 +15,134 @@ from .errors import DeadlineError, FastchatQError, InvalidRequestError, JobFaile
 from .versions import known_fields
 
 TERMINAL_STATES = frozenset({"succeeded", "failed", "cancelled", "expired", "dead"})
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 
-@dataclass(frozen=True, slots=True)
+class ToolCallDelta(NamedTuple):
+    """A part of a tool call: ``id`` and ``name`` come with its first part, ``arguments`` (JSON text) in fragments."""
+
+    call: int
+    """Which of the answer's calls, from 0."""
+    arguments: str = ""
+    id: str | None = None
+    name: str | None = None
+
+
+class Alternative(NamedTuple):
+    """A token that the model might have chosen."""
+
+    id: int
+    token: str
+    """What it decodes to by itself; bytes that make no character are U+FFFD."""
+    logprob: float
+    """Natural logarithm."""
+
+
+class TokenLogprob(NamedTuple):
+    """What the model thought of a token before temperature and penalties, and of the likeliest others."""
+
+    id: int
+    token: str
+    logprob: float
+    top: tuple[Alternative, ...] = ()
+
+
+class Piece(NamedTuple):
+    """What some tokens of one choice say. What may be shown can lag behind the ids (see ``engines/text.py``)."""
+
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    """Content that may be shown."""
+    choice: int = 0
+    """Which of the answers (of embeddings: which of the inputs) it belongs to."""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+    """This choice ends here. Only in jobs with several choices: of a job with one, its end says it."""
+    vector: str = ""
+    """Of an embedding: base64 of little-endian float32. Of a reranker: the same, one score."""
+    units: int = 0
+    """What it counts for in the log if it has no ids: one for what an upstream server sent, or for an embedding."""
+
+    @property
+    def k(self) -> int:
+        """What it counts for in the log."""
+        return self.units or len(self.ids)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether ids and text are all there is to it."""
+        return self[2:] == PLAIN
+
+    @property
+    def said(self) -> str:
+        """All that it says, in whatever part of the answer."""
+        return self.reasoning + self.text + "".join([call.arguments for call in self.tool_calls])
+
+
+PLAIN = Piece()[2:]
+
+
+def merged(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+    """Pieces that go out together: one for each choice, in the order in which they came."""
+    if all(piece.is_plain for piece in pieces):
+        if len(pieces) == 1:
+            return (pieces[0],)
+        return (Piece(tuple([i for piece in pieces for i in piece.ids]), "".join([piece.text for piece in pieces])),)
+    by_choice: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        by_choice.setdefault(piece.choice, []).append(piece)
+    return tuple([some[0] if len(some) == 1 else _joined(some) for some in by_choice.values()])
+
+
+def _joined(pieces: list[Piece]) -> Piece:
+    """Pieces of one choice as one."""
+    return Piece(
+        ids=tuple([i for piece in pieces for i in piece.ids]),
+        text="".join([piece.text for piece in pieces]),
+        choice=pieces[0].choice,
+        reasoning="".join([piece.reasoning for piece in pieces]),
+        tool_calls=_joined_calls([call for piece in pieces for call in piece.tool_calls]),
+        logprobs=tuple([one for piece in pieces for one in piece.logprobs]),
+        finish=pieces[-1].finish,
+        vector="".join([piece.vector for piece in pieces]),
+        units=sum([piece.units for piece in pieces]),
+    )
+
+
+def _joined_calls(calls: Iterable[ToolCallDelta]) -> tuple[ToolCallDelta, ...]:
+    by_call: dict[int, ToolCallDelta] = {}
+    for call in calls:
+        first = by_call.get(call.call)
+        by_call[call.call] = call if first is None else first._replace(arguments=first.arguments + call.arguments)
+    return tuple(by_call.values())
+
+
+@dataclass(frozen=True)
 class Delta:
-    """Tokens n-k+1 … n of a job. ``text`` may lag behind the ids (incomplete characters, possible stop strings)."""
+    """Tokens n-k+1 … n of a job."""
 
     n: int
     k: int
-    ids: tuple[int, ...]
-    text: str
+    pieces: tuple[Piece, ...]
+
+    @cached_property
+    def ids(self) -> tuple[int, ...]:
+        """The ids of all pieces, one after another."""
+        if len(self.pieces) == 1:
+            return self.pieces[0].ids
+        return tuple([i for piece in self.pieces for i in piece.ids])
+
+    @cached_property
+    def said(self) -> str:
+        """All that the pieces say, one after another."""
+        return "".join([piece.said for piece in self.pieces])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is tokens and text of a single answer."""
+        return len(self.pieces) == 1 and self.pieces[0].is_plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +218,48 @@ class End:
 Event = Delta | End
 
 
-def encode_payload(ids: tuple[int, ...], text: str) -> bytes:
-    """The payload of a log entry: ``{"t": [token ids], "s": "text"}`` on one line."""
-    return orjson.dumps({"t": ids, "s": text})
+def encode_payload(pieces: Sequence[Piece]) -> bytes:
+    """The payload of a log entry on one line: ``{"t": [token ids], "s": "text", …}``, or a list of such objects.
+
+    The other fields are there if they say something: ``c`` choice, ``r`` reasoning, ``f`` parts of tool calls, ``l``
+    log probabilities, ``e`` finish reason, ``v`` vector, ``u`` units; in the order of the fields of their types.
+    """
+    objects = [_to_object(piece) for piece in pieces]
+    return orjson.dumps(objects[0] if len(objects) == 1 else objects, default=tuple)
+
+
+def _to_object(piece: Piece) -> dict[str, Any]:
+    found: dict[str, Any] = {"t": piece.ids, "s": piece.text}
+    if not piece.is_plain:
+        extra = zip("crflevu", piece[2:], PLAIN, strict=True)
+        found |= {name: value for name, value, default in extra if value != default}
+    return found
+
+
+def _from_object(raw: dict[str, Any]) -> Piece:
+    if len(raw) == len(("t", "s")):
+        return Piece(tuple(raw["t"]), raw["s"])
+    return Piece(
+        tuple(raw["t"]),
+        raw["s"],
+        raw.get("c", 0),
+        raw.get("r", ""),
+        tuple([ToolCallDelta(*call) for call in raw.get("f", ())]),
+        tuple([_to_logprob(*one) for one in raw.get("l", ())]),
+        raw.get("e"),
+        raw.get("v", ""),
+        raw.get("u", 0),
+    )
+
+
+def _to_logprob(token_id: int, token: str, logprob: float, top: list[list[Any]]) -> TokenLogprob:
+    return TokenLogprob(token_id, token, logprob, tuple([Alternative(*one) for one in top]))
 
 
 def decode_delta(n: int, k: int, payload: bytes) -> Delta:
     """A log entry or the rest of a published line."""
     raw = orjson.loads(payload)
-    return Delta(n, k, tuple(raw["t"]), raw["s"])
+    return Delta(n, k, (_from_object(raw),) if isinstance(raw, dict) else tuple([_from_object(one) for one in raw]))
 
 
 def decode_end(n: int, body: bytes) -> End:

@@ -1,30 +1,72 @@
 """The job: what the API hands to a worker. Frozen, with its JSON codec beside it; it knows no HTTP and no Redis."""
 
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import InvalidRequestError
 
 CHARACTERS_PER_TOKEN = 4
 ASSUMED_TOKENS = 256
 """What an answer is taken to have when its length is not limited."""
+IMAGE_TOKENS = 1024
+"""What an image is taken to cost."""
+MAX_CHOICES = 128
+MAX_TOP_LOGPROBS = 20
 
 Lane = Literal["hi", "lo"]
-Role = Literal["system", "user", "assistant"]
+Kind = Literal["chat", "embed", "rerank"]
+Role = Literal["system", "user", "assistant", "tool"]
+Feature = Literal["n", "sampling", "penalties", "logprobs", "structured_outputs", "tools", "reasoning", "vision"]
+"""What an engine can do beyond plain generation. ``sampling``: top_k, min_p, min_tokens, stop_token_ids; ``penalties``:
+those of presence, frequency and repetition, and logit_bias."""
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class Part(_Frozen):
+    """A part of a message: a text, or an image whose bytes lie beside the job."""
+
+    type: Literal["text", "image"]
+    text: str = ""
+    blob: str = ""
+    """SHA-256 of the image's bytes, in hex."""
+
+
 class Message(_Frozen):
     """One turn of a conversation, as a chat template takes it."""
 
     role: Role
-    content: str
+    content: str | tuple[Part, ...] | None = None
     name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    """OpenAI's objects, with ``arguments`` as JSON text."""
+    tool_call_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content without its images."""
+        if isinstance(self.content, tuple):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The blobs of its images."""
+        parts = self.content if isinstance(self.content, tuple) else ()
+        return tuple(part.blob for part in parts if part.type == "image")
+
+
+class Guide(_Frozen):
+    """What an answer must look like, whatever the model would rather say."""
+
+    kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+    value: str = ""
+    """The schema as JSON text, the regular expression, a JSON list of the choices, or a Lark grammar."""
 
 
 class Sampling(_Frozen):
@@ -32,30 +74,92 @@ class Sampling(_Frozen):
 
     max_tokens: int | None = Field(default=None, ge=1)
     """Upper bound on generated tokens; None: what is left of the context."""
+    min_tokens: int = Field(default=0, ge=0)
+    """Nothing ends the answer before so many."""
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     """0 is greedy."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0)
+    """0: all of them."""
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    logit_bias: dict[int, float] = Field(default_factory=dict)
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    """None: none; else those of the chosen token and of so many likeliest ones."""
+    guide: Guide | None = None
+
+    def needs(self) -> set[Feature]:
+        """The features that it asks for."""
+        asked: dict[Feature, object] = {
+            "n": self.n > 1,
+            "sampling": self.top_k or self.min_p or self.min_tokens or self.stop_token_ids,
+            "penalties": self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.logit_bias,
+            "logprobs": self.logprobs is not None,
+            "structured_outputs": self.guide,
+        }
+        return {feature for feature, wanted in asked.items() if wanted}
 
 
 class Job(_Frozen):
-    """A chat generation job. ``v`` is the version of this format."""
+    """A job for one model. ``v`` is the version of this format."""
 
     v: Literal[1] = 1
     id: str
     """ULID, unique over all models."""
     model: str
+    kind: Kind = "chat"
     lane: Lane = "hi"
-    messages: tuple[Message, ...] = Field(min_length=1)
+    messages: tuple[Message, ...] = ()
+    """Of a chat."""
     sampling: Sampling = Sampling()
+    tools: tuple[dict[str, Any], ...] = ()
+    """OpenAI's objects."""
+    tool_choice: str = "auto"
+    """``auto``, ``none``, ``required``, or ``function:<name>``."""
+    parallel_tool_calls: bool = True
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """For the chat template, such as ``enable_thinking``."""
+    inputs: tuple[str | tuple[int, ...], ...] = ()
+    """Texts or token ids to embed, or documents to rank."""
+    query: str | None = None
+    """What documents are ranked for."""
+    dimensions: int | None = Field(default=None, ge=1)
+    """Of an embedding: how many are wanted; None: all."""
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_needs(self) -> Self:
+        if not (self.messages if self.kind == "chat" else self.inputs):
+            raise ValueError(f"a job of kind {self.kind} needs {'messages' if self.kind == 'chat' else 'inputs'}")
+        return self
 
     @property
     def cost(self) -> int:
         """What it may cost, in tokens, for fair queueing and limits; corrected by what it really used."""
-        characters = sum(len(message.content) for message in self.messages)
-        return max(math.ceil(characters / CHARACTERS_PER_TOKEN), 1) + (self.sampling.max_tokens or ASSUMED_TOKENS)
+        if self.kind != "chat":
+            query = len(self.query or "") * len(self.inputs)
+            return _tokens(query + sum(len(one) * _characters(one) for one in self.inputs))
+        images = sum(len(message.images) for message in self.messages)
+        prompt = _tokens(sum(len(message.text) for message in self.messages)) + images * IMAGE_TOKENS
+        return prompt + self.sampling.n * (self.sampling.max_tokens or ASSUMED_TOKENS)
+
+    def needs(self) -> set[Feature]:
+        """The features that its worker must have."""
+        needed = self.sampling.needs()
+        if self.tools and self.tool_choice != "none":
+            needed.add("tools")
+        if any(message.images for message in self.messages):
+            needed.add("vision")
+        return needed
 
     def to_spec(self) -> str:
         """JSON for the job record, without default values."""
@@ -74,3 +178,11 @@ class Job(_Frozen):
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"])) or "spec"
             raise InvalidRequestError(f"job spec: {where}: {first['msg']}", code="bad_spec") from error
+
+
+def _characters(one: str | tuple[int, ...]) -> int:
+    return 1 if isinstance(one, str) else CHARACTERS_PER_TOKEN
+
+
+def _tokens(characters: int) -> int:
+    return max(math.ceil(characters / CHARACTERS_PER_TOKEN), 1)

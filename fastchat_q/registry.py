@@ -5,13 +5,14 @@ import socket
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import orjson
 from redis.asyncio import Redis
 from ulid import ULID
 
 from . import __version__, keys
+from .jobs import Kind
 from .versions import known_fields
 
 HEARTBEAT_S = 3.0
@@ -28,6 +29,10 @@ def process_id(kind: str) -> str:
     return f"{kind}-{socket.gethostname().split('.')[0].lower()}-{os.getpid()}-{str(ULID())[-6:].lower()}"
 
 
+Batching = Literal["step loop", "generate", "upstream"]
+"""How requests share an engine: one step for all of them, one after another, or as another server does it."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelCard:
     """What a worker says of the model it serves."""
@@ -40,6 +45,19 @@ class ModelCard:
     """Unix seconds."""
     device: str = "cpu"
     dtype: str = "-"
+    kind: Kind = "chat"
+    """Which jobs it takes."""
+    features: tuple[str, ...] = ()
+    """What it can do beyond plain generation: of `FEATURES`."""
+    batching: Batching = "step loop"
+    base: str | None = None
+    """Of an adapter: the model that it changes."""
+
+    @classmethod
+    def from_json(cls, raw: str) -> Self:
+        """What a heartbeat wrote."""
+        fields = known_fields(cls, orjson.loads(raw))
+        return cls(**fields | {"features": tuple(fields.get("features", ()))})
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +183,7 @@ def _registrations(rows: Iterable[dict[bytes, bytes]]) -> Iterable[Registration]
             continue  # its TTL ran out: the worker is gone (or it is of a version with other states or fields)
         yield Registration(
             worker_id=fields["worker_id"],
-            card=ModelCard(**known_fields(ModelCard, orjson.loads(fields["card"]))),
+            card=ModelCard.from_json(fields["card"]),
             slots=int(fields["slots"]),
             running=int(fields["running"]),
             state=state,

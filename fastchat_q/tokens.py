@@ -10,7 +10,7 @@ from redis.exceptions import RedisError
 
 from . import keys, scripts
 from .connection import TRANSIENT
-from .events import Delta, decode_delta, encode_payload
+from .events import Delta, Piece, decode_delta, encode_payload
 from .queue import LEASE_MS, Claim, Finish, finish_call
 
 
@@ -33,8 +33,12 @@ class Chunk:
 
     claim: Claim
     n: int
-    ids: tuple[int, ...]
-    text: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def k(self) -> int:
+        """How many they are."""
+        return sum([piece.k for piece in self.pieces])
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ async def append(redis: "Redis", model: str, chunks: Sequence[Chunk], finishes: 
     if chunks:
         args: list[scripts.Arg] = [LEASE_MS]
         for c in chunks:
-            args += (c.claim.job_id, c.claim.fence, c.n, len(c.ids), encode_payload(c.ids, c.text))
+            args += (c.claim.job_id, c.claim.fence, c.n, c.k, encode_payload(c.pieces))
         calls.append(scripts.Call("emit", keys.model_keys(model).token_keys, args))
     calls += [finish_call(model, finish) for finish in finishes]
     replies: list[Any] = await scripts.call_many(redis, calls)

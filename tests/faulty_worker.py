@@ -34,15 +34,15 @@ class FaultyEngine(EchoEngine):
         self._hang = False
 
     def admit(self, request: Request) -> None:
-        question = request.job.messages[-1].content
+        question = request.job.messages[-1].text
         if POISON in question:
             os.kill(os.getpid(), signal.SIGKILL)
-        if HANG in question and not request.prior_ids:
+        if HANG in question and not request.prior:
             self._hang = True
         if LARGE in question and self._rows:
             raise RetryableError("no room beside the others", code=OUT_OF_MEMORY)
         super().admit(request)
-        if FORGET in question and not request.prior_ids:
+        if FORGET in question and not request.prior:
             self.drop(request.ticket)
 
     def step(self) -> list[Output]:

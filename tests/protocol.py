@@ -6,7 +6,7 @@ from typing import Any
 from redis.asyncio import Redis
 
 from fastchat_q import keys, scripts
-from fastchat_q.events import Result, Usage
+from fastchat_q.events import Piece, Result, Usage
 from fastchat_q.jobs import Job
 from fastchat_q.queue import Claim, Finish, Queue, Taken, Terms
 from fastchat_q.tokens import Chunk, Status, append
@@ -41,7 +41,7 @@ async def take(
 
 
 async def emit(redis: "Redis", holder: Claim, n: int, *ids: int, text: str = "x") -> Status:
-    [status] = (await append(redis, MODEL, [Chunk(holder, n, ids, text)])).chunks
+    [status] = (await append(redis, MODEL, [Chunk(holder, n, (Piece(ids, text),))])).chunks
     return Status.OK if status is Status.UNHEARD else status  # these tests do not listen
 
 

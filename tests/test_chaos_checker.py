@@ -6,7 +6,7 @@ import pytest
 from redis.asyncio import Redis
 
 from fastchat_q import keys
-from fastchat_q.events import Result, Usage
+from fastchat_q.events import Piece, Result, Usage
 from fastchat_q.jobs import Job, Message, Sampling
 from fastchat_q.queue import Claim, Finish, Queue, Terms
 from fastchat_q.tokens import Chunk, append
@@ -36,7 +36,7 @@ async def run_job(redis: "Redis", writer_of: Callable[[int, Claim], str] = text)
     await queue.enqueue(job, Terms(inbox=keys.inbox("t")))
     [claim] = (await queue.claim(MODEL, "w-1", running=0, lanes=[("hi", 1)], nonce="aa")).claims
     for n in range(1, LENGTH + 1):
-        await append(redis, MODEL, [Chunk(claim, n, (n,), writer_of(n, claim))])
+        await append(redis, MODEL, [Chunk(claim, n, (Piece((n,), writer_of(n, claim)),))])
     result = Result("length", Usage(claim.attempt, LENGTH))
     await append(redis, MODEL, [], [Finish(claim, LENGTH, "succeeded", "length", result)])
     return claim

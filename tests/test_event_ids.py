@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 
 from fastchat_q import keys
 from fastchat_q.connection import connect
-from fastchat_q.events import Result, Usage
+from fastchat_q.events import Piece, Result, Usage
 from fastchat_q.jobs import Job, Message
 from fastchat_q.queue import MAX_DEATHS, Claim, Finish, Queue, Terms
 from fastchat_q.tokens import Chunk, append
@@ -46,7 +46,7 @@ class ByHand:
         """The tokens from ``first`` to ``last``, in one entry of the log."""
         assert self._claim is not None
         numbers = tuple(range(first, last + 1))
-        chunk = Chunk(self._claim, last, numbers, "".join(f" t{number}" for number in numbers))
+        chunk = Chunk(self._claim, last, (Piece(numbers, "".join(f" t{number}" for number in numbers)),))
         self._do(lambda redis: append(redis, MODEL, [chunk]))
 
     def finish(self, n: int) -> None:

@@ -11,7 +11,7 @@ from redis.exceptions import ResponseError
 from fastchat_q import keys, scripts
 from fastchat_q.connection import connect
 from fastchat_q.errors import QueueFullError
-from fastchat_q.events import Delta, End, parse_line
+from fastchat_q.events import Delta, End, Piece, parse_line
 from fastchat_q.jobs import Job, Message, Sampling
 from fastchat_q.queue import Claim, Finish, Queue
 from fastchat_q.tokens import Appended, Chunk, Status, append, read
@@ -31,7 +31,7 @@ async def test_a_job_goes_from_queued_to_running_to_succeeded(redis: "Redis") ->
     assert await emit(redis, held, 2, 7, 8, text="ab") is Status.OK
     assert await finish(redis, held, 2) is Status.OK
     assert await field(redis, "state") == "succeeded"
-    assert await read(redis, MODEL, "JOB0001") == [Delta(2, 2, (7, 8), "ab")]
+    assert await read(redis, MODEL, "JOB0001") == [Delta(2, 2, (Piece((7, 8), "ab"),))]
 
 
 async def test_a_finished_job_leaves_nothing_behind_that_has_no_ttl(redis: "Redis") -> None:
@@ -157,10 +157,10 @@ async def test_a_damaged_job_takes_no_token_and_its_neighbours_in_the_call_do(
     for one in held if before else []:
         await emit(redis, one, 1, 7)
     await damage(redis)
-    answer = await append(redis, MODEL, [Chunk(one, before + 1, (8,), "x") for one in held])
+    answer = await append(redis, MODEL, [Chunk(one, before + 1, (Piece((8,), "x"),)) for one in held])
     assert answer.chunks == [Status.UNHEARD, Status.DAMAGED, Status.UNHEARD]
     ends = [Finish(held[0], before + 1, "succeeded", "stop", DONE), Finish(held[1], before, "failed", "damaged", DONE)]
-    answer = await append(redis, MODEL, [Chunk(held[2], before + 2, (9,), "y")], ends)
+    answer = await append(redis, MODEL, [Chunk(held[2], before + 2, (Piece((9,), "y"),))], ends)
     assert answer.chunks == [Status.UNHEARD], "an end that is refused is nobody else's"
     assert answer.finishes[0] is Status.OK
     if can_be_ended:
@@ -193,14 +193,14 @@ async def test_tokens_and_end_of_many_jobs_travel_in_one_message_for_their_inbox
     answer: Appended = await append(
         redis,
         MODEL,
-        [Chunk(a, 1, (5,), "é 😀\n"), Chunk(b, 2, (6, 7), "b")],
+        [Chunk(a, 1, (Piece((5,), "é 😀\n"),)), Chunk(b, 2, (Piece((6, 7), "b"),))],
         [Finish(b, 2, "succeeded", "stop", DONE)],
     )
     assert answer.chunks == [Status.OK, Status.OK]
     tokens = (await pubsub.get_message(timeout=5))["data"].split(b"\n")
     assert [parse_line(line) for line in tokens] == [
-        ("JOB0001", Delta(1, 1, (5,), "é 😀\n")),
-        ("JOB0002", Delta(2, 2, (6, 7), "b")),
+        ("JOB0001", Delta(1, 1, (Piece((5,), "é 😀\n"),))),
+        ("JOB0002", Delta(2, 2, (Piece((6, 7), "b"),))),
     ]
     end = (await pubsub.get_message(timeout=5))["data"]
     assert parse_line(end) == ("JOB0002", End(2, "succeeded", "stop", DONE))
@@ -215,7 +215,11 @@ async def test_an_emit_says_which_jobs_nobody_listens_to(redis: "Redis", blockin
     await enqueue(queue, 1)
     await enqueue(queue, 2, inbox="fq:inbox:dead")
     a, b = await claim(queue, free=2)
-    answer = await append(redis, MODEL, [Chunk(b, 1, (1,), "x"), Chunk(a, 1, (1,), "x"), Chunk(b, 2, (2,), "y")])
+    answer = await append(
+        redis,
+        MODEL,
+        [Chunk(b, 1, (Piece((1,), "x"),)), Chunk(a, 1, (Piece((1,), "x"),)), Chunk(b, 2, (Piece((2,), "y"),))],
+    )
     assert answer.chunks == [Status.UNHEARD, Status.OK, Status.UNHEARD]
     await pubsub.aclose()  # type: ignore[no-untyped-call]
 
@@ -352,7 +356,9 @@ async def test_scripts_and_group_come_back_after_flush(redis: "Redis") -> None:
     await enqueue(queue, 2)
     [held] = await claim(queue)
     await redis.script_flush()
-    answer = await append(redis, MODEL, [Chunk(held, 1, (1,), "x")], [Finish(held, 1, "succeeded", "stop", DONE)])
+    answer = await append(
+        redis, MODEL, [Chunk(held, 1, (Piece((1,), "x"),))], [Finish(held, 1, "succeeded", "stop", DONE)]
+    )
     assert (answer.chunks, answer.finishes) == ([Status.UNHEARD], [Status.OK])
 
 

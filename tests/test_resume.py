@@ -8,7 +8,7 @@ from fastchat_q.api.streaming import _ping
 from openai._streaming import SSEDecoder
 
 from fastchat_q import keys
-from fastchat_q.events import Delta
+from fastchat_q.events import Delta, Piece
 
 from .http_client import get, post
 from .stack import Stack, wait_until
@@ -156,6 +156,11 @@ def test_a_client_that_reads_slowly_gets_everything_and_the_server_stays_small(s
 def test_a_ping_between_two_events_is_nothing_to_the_official_client() -> None:
     """Its decoder keeps the last id: an empty line behind a comment would make an event without data of it."""
     writer = ChunkWriter(View("JOB", "m", 0, "hi"))
-    wire = writer.role() + writer.events([Delta(1, 1, (1,), "a")]) + _ping() + writer.events([Delta(2, 1, (2,), "b")])
+    wire = (
+        writer.role()
+        + writer.events([Delta(1, 1, (Piece((1,), "a"),))])
+        + _ping()
+        + writer.events([Delta(2, 1, (Piece((2,), "b"),))])
+    )
     found = [event.json()["choices"][0]["delta"]["content"] for event in SSEDecoder().iter_bytes(iter([wire]))]
     assert found == ["", "a", "b"]

@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 
 from fastchat_q import keys
 from fastchat_q.errors import IdempotencyConflictError, QueueDrainingError, QueueFullError
+from fastchat_q.events import Piece
 from fastchat_q.jobs import Sampling
 from fastchat_q.queue import Accepted, Claim, Finish, Terms
 from fastchat_q.tokens import Chunk, Status, append
@@ -215,7 +216,7 @@ class QueueMachine(QueueComparison):
         }[wrong]
         if n == 0:
             return
-        [got] = self.do(append(self.redis, MODEL, [Chunk(claim, n, tuple(range(ids)), "x")])).chunks
+        [got] = self.do(append(self.redis, MODEL, [Chunk(claim, n, (Piece(tuple(range(ids)), "x"),))])).chunks
         assert got is status or (got is Status.UNHEARD and status is Status.OK)
         if status is Status.OK:
             assert (got is Status.UNHEARD) == ("*" not in held.inbox and INBOX not in held.inbox)
@@ -262,7 +263,7 @@ class QueueMachine(QueueComparison):
         claim = self.zombies[number % len(self.zombies)]
         n = self.model.jobs[claim.job_id].n if claim.job_id in self.model.jobs else 0
         end = Finish(claim, n, "succeeded", "stop", DONE)
-        answer = self.do(append(self.redis, MODEL, [Chunk(claim, n + 1, (1,), "z")], [end]))
+        answer = self.do(append(self.redis, MODEL, [Chunk(claim, n + 1, (Piece((1,), "z"),))], [end]))
         assert (answer.chunks, answer.finishes) == ([Status.LOST], [Status.LOST])
         assert self.do(self.queue.renew(MODEL, [claim])) == [claim]
         self.do(self.queue.release(MODEL, [claim]))

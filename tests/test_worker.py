@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 
 from fastchat_q import keys, scripts
 from fastchat_q.connection import connect
-from fastchat_q.events import Delta
+from fastchat_q.events import Delta, Piece
 from fastchat_q.jobs import Job, Message
 from fastchat_q.queue import LEASE_MS, Claim, Queue, Terms
 from fastchat_q.tokens import Chunk, append, read, read_claimed
@@ -81,7 +81,7 @@ def assert_whole(log: list[Delta], words: list[str] = WORDS) -> None:
     for delta in log:
         assert delta.n - delta.k == seen
         seen = delta.n
-    assert "".join(delta.text for delta in log).split() == words
+    assert "".join(delta.said for delta in log).split() == words
 
 
 async def test_a_worker_that_keeps_losing_its_job_to_itself_writes_each_token_once(
@@ -111,7 +111,7 @@ async def test_output_of_a_claim_that_is_gone_is_not_taken_for_the_next_ones(red
             return bool(worker._active)
 
         await until(claimed, "it runs")
-        worker._on_outputs([Output("J1 0-stale", (999,), "stale")])
+        worker._on_outputs([Output("J1 0-stale", (Piece((999,), "stale"),))])
         await ended(redis)
     assert_whole(await read(redis, "echo", "J1"))
 
@@ -129,7 +129,7 @@ async def test_a_log_that_is_read_where_the_claim_is_not_known_says_nothing_of_t
     monkeypatch.setattr(worker_module, "read_claimed", read_elsewhere)
     await enqueue(redis, job())
     [held] = await claim(redis, "w-before", 1)
-    await append(redis, "echo", [Chunk(held, 2, (0, 1), "w0 w1")])
+    await append(redis, "echo", [Chunk(held, 2, (Piece((0, 1), "w0 w1"),))])
     await Queue(redis).release("echo", [held])
     async with running(links, EchoEngine("echo", 4, 0.002)):
         await ended(redis)

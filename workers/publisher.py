@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 
 from fastchat_q.connection import TRANSIENT
 from fastchat_q.errors import JobFailedError
-from fastchat_q.events import Result
+from fastchat_q.events import Piece, Result, merged
 from fastchat_q.loops import check_cancelled
 from fastchat_q.queue import Claim, Finish
 from fastchat_q.tokens import Chunk, Status, append
@@ -28,8 +28,7 @@ RETRY_S = 0.2
 class _Pending:
     claim: Claim
     n: int
-    ids: list[int]
-    texts: list[str]
+    pieces: list[Piece]
     finish: Finish | None
 
 
@@ -61,15 +60,14 @@ class Publisher:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def add(self, claim: Claim, n: int, ids: tuple[int, ...], text: str, finish: Finish | None, urgent: bool) -> None:
-        """Queues tokens that bring the job to ``n``, and its end if it came."""
+    def add(self, claim: Claim, n: int, pieces: Sequence[Piece], finish: Finish | None, urgent: bool) -> None:
+        """Queues pieces that bring the job to ``n``, and its end if it came."""
         pending = self._pending.get(claim.job_id)
         if pending is None or pending.claim is not claim:  # what is left of an earlier claim of this job is void
-            self._pending[claim.job_id] = _Pending(claim, n, list(ids), [text], finish)
+            self._pending[claim.job_id] = _Pending(claim, n, list(pieces), finish)
         else:
             pending.n, pending.finish = n, finish
-            pending.ids += ids
-            pending.texts.append(text)
+            pending.pieces += pieces
         self._some.set()
         self._idle.clear()
         if urgent or finish is not None:
@@ -120,7 +118,7 @@ class Publisher:
         first = time.monotonic()
         while True:
             check_cancelled()
-            chunks = [Chunk(p.claim, p.n, tuple(p.ids), "".join(p.texts)) for p in self._sending if p.ids]
+            chunks = [Chunk(p.claim, p.n, merged(p.pieces)) for p in self._sending if p.pieces]
             finishes = [p.finish for p in self._sending if p.finish is not None]
             sent = time.monotonic()
             try:
@@ -154,11 +152,11 @@ class Publisher:
 
     def _give_up(self, chunk: Chunk) -> None:
         """Ends a job whose log takes nothing more, here and now: another try could not write either."""
-        claim, n = chunk.claim, chunk.n - len(chunk.ids)
+        claim, n = chunk.claim, chunk.n - chunk.k
         log.error("log or record damaged", job=claim.job_id, n=n)
         self._lost(claim)
         error = JobFailedError(f"The token log is damaged: it takes nothing behind token {n}.", code="log_incomplete")
-        self.add(claim, n, (), "", Finish(claim, n, "failed", "log_incomplete", Result.from_error(error)), urgent=True)
+        self.add(claim, n, (), Finish(claim, n, "failed", "log_incomplete", Result.from_error(error)), urgent=True)
 
     def _lost(self, claim: Claim) -> None:
         self.forget(claim)

@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from fastchat_q import keys
 from fastchat_q.connection import TRANSIENT
 from fastchat_q.errors import FastchatQError, InvalidRequestError, JobFailedError, RetryableError
-from fastchat_q.events import Result
+from fastchat_q.events import Piece, Result
 from fastchat_q.jobs import Job
 from fastchat_q.loops import AWAY, PreemptedError, check_cancelled, every, listen, unless
 from fastchat_q.queue import LEASE_MS, REAP_S, RECONCILE_S, Claim, Finish, Queue
@@ -161,27 +161,26 @@ class Worker:
             return  # cancelled while those before it were begun
         try:
             job = Job.from_spec(claim.spec)
-            prior: tuple[int, ...] = ()
+            prior: tuple[Piece, ...] = ()
             if claim.n:
                 deltas = await read_claimed(self._links.commands, self._model, claim)
                 if deltas is None:
                     log.warning("the claim is not known where its log is", job=claim.job_id)
                     self._hand_back(claim)
                     return
-                prior = tuple(token for delta in deltas for token in delta.ids)
-                if len(prior) != claim.n:
-                    raise JobFailedError(
-                        f"The token log holds {len(prior)} of {claim.n} tokens.", code="log_incomplete"
-                    )
+                prior = tuple(piece for delta in deltas for piece in delta.pieces)
+                logged = sum(piece.k for piece in prior)
+                if logged != claim.n:
+                    raise JobFailedError(f"The token log holds {logged} of {claim.n} tokens.", code="log_incomplete")
                 log.info("resuming", job=claim.job_id, attempt=claim.attempt, tokens=claim.n)
         except FastchatQError as error:
-            self._end(active, (), "", Ended(error=error))
+            self._end(active, (), Ended(error=error))
         except TRANSIENT as error:  # it cannot be begun now
             log.warning("could not read the log", job=claim.job_id, error=str(error))
             self._hand_back(claim)
         except (KeyError, TypeError, ValueError, RedisError) as error:  # somebody else wrote into its log, or over it
             damaged = JobFailedError(f"The token log is damaged: {error!r}.", code="log_incomplete")
-            self._end(active, (), "", Ended(error=damaged))
+            self._end(active, (), Ended(error=damaged))
         else:
             self._engine.submit(Request(job, active.ticket, prior))
 
@@ -202,25 +201,26 @@ class Worker:
             active = self._active.get(output.ticket.partition(" ")[0])
             if active is None or active.ticket != output.ticket:
                 continue  # cancelled or lost meanwhile, and perhaps claimed anew
-            active.n += len(output.ids)
-            if output.ids:
+            for piece in output.pieces:
+                active.n += piece.k
+            if output.pieces:
                 self._watch.given(active)
             if output.ended is not None:
                 error = output.ended.error
                 too_large += error is not None and error.code == OUT_OF_MEMORY
-                self._end(active, output.ids, output.text, output.ended)
+                self._end(active, output.pieces, output.ended)
             else:
                 urgent, active.emitted = not active.emitted, True
-                self._publisher.add(active.claim, active.n, output.ids, output.text, None, urgent)
+                self._publisher.add(active.claim, active.n, output.pieces, None, urgent)
         if too_large:
             self._slots.shrink(running, too_large, time.monotonic())
             log.warning("out of memory: fewer jobs at a time from now on", slots=self._slots.now)
 
-    def _end(self, active: Active, ids: tuple[int, ...], text: str, ended: Ended) -> None:
+    def _end(self, active: Active, pieces: tuple[Piece, ...], ended: Ended) -> None:
         finish = _finish(active, ended)
         if ended.error is not None and not isinstance(ended.error, InvalidRequestError):
             log.error(finish.state, job=active.claim.job_id, error=str(ended.error))
-        self._publisher.add(active.claim, active.n, ids, text, finish, urgent=True)
+        self._publisher.add(active.claim, active.n, pieces, finish, urgent=True)
         took = round(time.monotonic() - active.since, 3)
         log.info(
             "done", job=active.claim.job_id, model=self._model, tokens=active.n, seconds=took, reason=finish.reason
@@ -270,7 +270,7 @@ class Worker:
             for active in [a for a in self._active.values() if self._watch.stalled(a)]:
                 self._engine.cancel(active.ticket)
                 stalled = RetryableError(f"The job got no token for {self._limits.stall_s:g} s.", code="stalled")
-                self._end(active, (), "", Ended(error=stalled))
+                self._end(active, (), Ended(error=stalled))
             self._slots.grow(time.monotonic())
             await asyncio.sleep(PERIOD_S)
 

@@ -181,9 +181,7 @@ def _may_be_cancelled(reader: Transcript) -> bool:
 def _is_poison(record: Record) -> bool:
     """What a job that nobody knows was to do; its spec is kept when it is dead."""
     spec = record.fields.get("spec")
-    return (
-        spec is not None and Orders.model_validate_json(Job.from_spec(spec).messages[-1].content).poison_at is not None
-    )
+    return spec is not None and Orders.model_validate_json(Job.from_spec(spec).messages[-1].text).poison_at is not None
 
 
 def _within(moment: float, intervals: Iterable[tuple[float, float]]) -> bool:

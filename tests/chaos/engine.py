@@ -12,7 +12,7 @@ from fastchat_q.workers.engines.base import Ended, Engine, Output, Request
 from pydantic import BaseModel, ConfigDict
 
 from fastchat_q.errors import JobFailedError
-from fastchat_q.events import Usage
+from fastchat_q.events import Piece, Usage
 from fastchat_q.registry import ModelCard
 
 TOKEN = re.compile(r"(\d+)/(\d+):(\d+)-(\w+):(\d+)")
@@ -58,10 +58,10 @@ class ChaosEngine(Engine):
         self._count = 0
 
     def admit(self, request: Request) -> None:
-        before = len(request.prior_ids)
-        if request.prior_ids != tuple(range(1, before + 1)):
-            raise JobFailedError(f"A resumed job came with the tokens {request.prior_ids}.", code="wrong_prior")
-        orders = Orders.model_validate_json(request.job.messages[-1].content)
+        before = len(request.prior_ids())
+        if request.prior_ids() != tuple(range(1, before + 1)):
+            raise JobFailedError(f"A resumed job came with the tokens {request.prior_ids()}.", code="wrong_prior")
+        orders = Orders.model_validate_json(request.job.messages[-1].text)
         fence = request.ticket.split()[1]
         pace = random.Random(fence).uniform(*PACE)
         row = _Row(
@@ -104,7 +104,7 @@ class ChaosEngine(Engine):
             self._schedule(row, row.delay_s)
         else:
             del self._rows[row.ticket]
-        return Output(row.ticket, ids, text, ended)
+        return Output(row.ticket, (Piece(ids, text),) if ids else (), ended)
 
     def _schedule(self, row: _Row, delay_s: float) -> None:
         self._count += 1  # from now, not from when it was due: a frozen process goes on at its pace, without a burst

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fastchat_q.workers.engines.base import Ended, Engine, Output, Request
 
-from fastchat_q.events import FinishReason, Usage
+from fastchat_q.events import FinishReason, Piece, Usage
 from fastchat_q.jobs import Job, Message, Sampling
 
 PATIENCE_S = 60.0
@@ -20,12 +20,16 @@ class Answer:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        return tuple(token for output in self.outputs for token in output.ids)
+        return tuple(token for piece in self.pieces for token in piece.ids)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [piece for output in self.outputs for piece in output.pieces]
 
     @property
     def chunks(self) -> list[str]:
         """The text of each output, empty ones included."""
-        return [output.text for output in self.outputs]
+        return ["".join(piece.text for piece in output.pieces) for output in self.outputs]
 
     @property
     def text(self) -> str:
@@ -82,7 +86,8 @@ class Driver:
 
     def resume(self, one: Job, prior_ids: Iterable[int]) -> None:
         self._answers[one.id] = Answer()
-        self.engine.submit(Request(one, one.id, tuple(prior_ids)))
+        prior = tuple(prior_ids)
+        self.engine.submit(Request(one, one.id, (Piece(prior),) if prior else ()))
 
     def wait(self, *job_ids: str) -> list[Answer]:
         """Returns when all of these jobs have ended."""

@@ -7,7 +7,7 @@ from fastchat_q.workers.engines.base import Request
 from fastchat_q.workers.engines.echo import EchoEngine
 
 from fastchat_q.errors import InvalidRequestError
-from fastchat_q.events import Usage
+from fastchat_q.events import Piece, Usage
 from fastchat_q.jobs import Job, Message
 
 from .conftest import Drive
@@ -20,7 +20,7 @@ def echo(token_delay_s: float = 0.0) -> EchoEngine:
 
 def test_words_come_in_order_one_a_token(drive: Drive) -> None:
     [answer] = drive(echo()).run(job("a", "one two three"))
-    assert [(output.ids, output.text) for output in answer.outputs] == [((0,), "one"), ((1,), " two"), ((2,), " three")]
+    assert answer.pieces == [Piece((0,), "one"), Piece((1,), " two"), Piece((2,), " three")]
     assert answer.finish_reason == "stop"
     assert answer.usage == Usage(3, 3)
 
@@ -156,7 +156,7 @@ def test_a_cancelled_request_falls_silent_and_the_others_do_not(drive: Drive) ->
 
 def test_a_request_cancelled_before_its_end_was_told_ends_without_one() -> None:
     engine = echo()
-    engine.admit(Request(job("a", "one"), "a", prior_ids=(0,)))
+    engine.admit(Request(job("a", "one"), "a", (Piece((0,)),)))
     engine.drop("a")
     assert engine.step() == []
     assert engine.wait_s() is None

@@ -12,7 +12,7 @@ from fastchat_q.workers.engines.transformers_engine import TransformersEngine
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastchat_q.errors import ContextLengthError, InvalidRequestError, JobFailedError
-from fastchat_q.events import Usage
+from fastchat_q.events import Piece, Usage
 from fastchat_q.jobs import Job, Message, Sampling
 
 from .conftest import Drive
@@ -239,7 +239,7 @@ def test_a_cancelled_request_that_still_waits_is_never_prefilled(llama: Loaded) 
 
 def test_a_request_cancelled_before_its_end_was_told_ends_without_one(llama: Loaded) -> None:
     engine: Engine = TransformersEngine("m", 8, llama)
-    engine.admit(Request(job("gone", max_tokens=1), "gone", prior_ids=(5,)))
+    engine.admit(Request(job("gone", max_tokens=1), "gone", (Piece((5,)),)))
     engine.drop("gone")
     assert engine.wait_s() is None
     assert engine.step() == []

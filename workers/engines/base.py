@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from fastchat_q.errors import FastchatQError, JobFailedError
-from fastchat_q.events import FinishReason, Usage
+from fastchat_q.events import FinishReason, Piece, Usage
 from fastchat_q.jobs import Job
 from fastchat_q.registry import ModelCard
 
@@ -19,7 +19,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A claimed job for the engine. ``prior_ids`` are the tokens that an earlier attempt left in the log.
+    """A claimed job for the engine. ``prior`` is what earlier attempts left in the log, oldest first.
 
     ``ticket`` names this claim in all that the engine says: a worker that lost a job and claimed it again must not take
     what a step in between still made for the first claim as output of the second.
@@ -27,7 +27,11 @@ class Request:
 
     job: Job
     ticket: str
-    prior_ids: tuple[int, ...] = ()
+    prior: tuple[Piece, ...] = ()
+
+    def prior_ids(self, choice: int = 0) -> tuple[int, ...]:
+        """The tokens that a choice has already."""
+        return tuple([i for piece in self.prior if piece.choice == choice for i in piece.ids])
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +45,10 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one step gave one job: its new tokens and the text that became safe to show, and the end if it came."""
+    """What one step gave one job: its new tokens with what became safe to show, and the end if it came."""
 
     ticket: str
-    ids: tuple[int, ...] = ()
-    text: str = ""
+    pieces: tuple[Piece, ...] = ()
     ended: Ended | None = None
 
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from fastchat_q.errors import InvalidRequestError
-from fastchat_q.events import FinishReason, Usage
+from fastchat_q.events import FinishReason, Piece, Usage
 from fastchat_q.registry import ModelCard
 
 from .base import Ended, Engine, Output, Request
@@ -37,10 +37,12 @@ class _Row:
         elif self.done >= self.limit:
             reason = "length"
         if reason is None:
-            return Output(self.ticket, (self.done - 1,), shown)
+            return Output(self.ticket, (Piece((self.done - 1,), shown),))
         if not stopped:
             shown += self.stop.flush()
-        return Output(self.ticket, (self.done - 1,), shown, Ended(Usage(self.prompt_tokens, self.done), reason))
+        return Output(
+            self.ticket, (Piece((self.done - 1,), shown),), Ended(Usage(self.prompt_tokens, self.done), reason)
+        )
 
 
 class EchoEngine(Engine):
@@ -56,7 +58,7 @@ class EchoEngine(Engine):
 
     def admit(self, request: Request) -> None:
         row = _row(request)
-        for _ in request.prior_ids:  # a resumed job goes on where its log ends
+        for _ in request.prior_ids():  # a resumed job goes on where its log ends
             last = row.advance()
             if last.ended is not None:
                 self._replayed.append(Output(row.ticket, ended=last.ended))
@@ -98,11 +100,11 @@ class EchoEngine(Engine):
 
 def _row(request: Request) -> _Row:
     job = request.job
-    question = next((m.content for m in reversed(job.messages) if m.role == "user"), "")
+    question = next((m.text for m in reversed(job.messages) if m.role == "user"), "")
     words = WORD.findall(question)
     if not words:
         raise InvalidRequestError("The echo engine repeats the last user message, and there is none.", param="messages")
     sampling = job.sampling
     limit = sampling.max_tokens or len(words)
-    prompt_tokens = sum(len(m.content.split()) for m in job.messages)
+    prompt_tokens = sum(len(m.text.split()) for m in job.messages)
     return _Row(request.ticket, words, limit, prompt_tokens, StopMatcher(sampling.stop), sampling.ignore_eos)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from fastchat_q.events import FinishReason, Usage
+from fastchat_q.events import FinishReason, Piece, Usage
 from fastchat_q.jobs import Sampling
 
 from .base import Ended, Output
@@ -42,7 +42,7 @@ class Sequence:
             return self._end(token, text, "stop")
         if len(self.ids) >= self.limit:
             return self._end(token, self._flush(text), "length")
-        return Output(self.ticket, (token,), text)
+        return Output(self.ticket, (Piece((token,), text),))
 
     def _flush(self, text: str) -> str:
         rest, stopped = self.stop.feed(self.detokenizer.flush())
@@ -50,4 +50,4 @@ class Sequence:
 
     def _end(self, token: int, text: str, reason: FinishReason) -> Output:
         usage = Usage(len(self.prompt), len(self.ids))
-        return Output(self.ticket, (token,), text, Ended(usage, reason))
+        return Output(self.ticket, (Piece((token,), text),), Ended(usage, reason))

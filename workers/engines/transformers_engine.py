@@ -44,7 +44,7 @@ class TransformersEngine(Engine):
 
     def admit(self, request: Request) -> None:
         sequence = self._sequence(request)
-        for token in request.prior_ids:  # replays text and stop state of an earlier attempt; its output is known
+        for token in request.prior_ids():  # replays text and stop state of an earlier attempt; its output is known
             last = sequence.accept(token)
             if last.ended is not None:
                 self._replayed.append(Output(request.ticket, ended=last.ended))
@@ -144,7 +144,7 @@ class TransformersEngine(Engine):
 
         Control tokens that a user typed are encoded as ordinary text (``sanitize_control_tokens``).
         """
-        messages = [message.model_dump(exclude_none=True) for message in job.messages]
+        messages = [message.model_dump(exclude_defaults=True) for message in job.messages]
         try:
             encoded = self._loaded.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True, sanitize_control_tokens=True
