@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
-EngineName = Literal["transformers", "echo"]
+EngineName = Literal["transformers", "echo", "vllm"]
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu", "npu"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Role = Literal["api", "worker", "orchestrator", "metrics", "admin"]
@@ -25,12 +25,15 @@ class WorkerOptions:
     dtype: Dtype
     threads: int | None
     token_delay_ms: float
+    engine_arg: tuple[str, ...] = ()
+    """Of vLLM's own options, as ``key=value``."""
 
     def arguments(self) -> list[str]:
         """The command line that says the same."""
         words: list[str] = []
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None:
-                words += [f"--{field.name.replace('_', '-')}", str(value)]
+            for one in value if isinstance(value, tuple) else (value,):
+                if one is not None:
+                    words += [f"--{field.name.replace('_', '-')}", str(one)]
         return words

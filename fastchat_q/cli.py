@@ -31,7 +31,7 @@ DrainS = Annotated[float | None, typer.Option("--drain-s", min=0, help="Seconds 
 Model = Annotated[str, typer.Option("--model", help="tiny, a local folder, or a Hugging Face hub id.")]
 Name = Annotated[str | None, typer.Option("--name", help="The name clients use. [default: the model's]")]
 Engine = Annotated[EngineName, typer.Option("--engine", help="echo has no model: it repeats the question.")]
-Slots = Annotated[int | None, typer.Option("--slots", min=1, help="Jobs at a time. [default: 16; echo 64]")]
+Slots = Annotated[int | None, typer.Option("--slots", min=1, help="Jobs at a time. [default: by engine]")]
 OnDevice = Annotated[Device, typer.Option("--device", help="auto: the first accelerator, else the CPU.")]
 InDtype = Annotated[Dtype, typer.Option("--dtype", help="auto: the checkpoint's own.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of torch. [default: cores - 1]")]
@@ -39,6 +39,9 @@ NoSupervise = Annotated[
     bool, typer.Option("--no-supervise", help="Run the engine in this process; something else starts it again.")
 ]
 WorkerId = Annotated[str | None, typer.Option("--id", hidden=True)]
+EngineArg = Annotated[
+    list[str] | None, typer.Option("--engine-arg", help="An option of vLLM's own, as key=value; may be repeated.")
+]
 TokenDelay = Annotated[float, typer.Option("--token-delay-ms", min=0, help="Pace of the echo engine.")]
 
 
@@ -74,6 +77,7 @@ def up(
     dtype: InDtype = "auto",
     threads: Threads = None,
     token_delay_ms: TokenDelay = 20.0,
+    engine_arg: EngineArg = None,
 ) -> None:
     """Run everything: embedded Redis, API, one worker, orchestrator."""
     import asyncio
@@ -86,7 +90,7 @@ def up(
         host=host, port=port, state_dir=state_dir, redis_url=redis_url, auth=False if no_auth else None, drain_s=drain_s
     )
     check_exposure(settings)
-    worker = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms)
+    worker = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms, tuple(engine_arg or ()))
     arguments = (*worker.arguments(), "--drain-s", str(settings.drain_s))
     lock = hold_lock(settings.state_dir, http_base(settings.host, settings.port))
     with lock:
@@ -124,6 +128,7 @@ def worker(
     dtype: InDtype = "auto",
     threads: Threads = None,
     token_delay_ms: TokenDelay = 20.0,
+    engine_arg: EngineArg = None,
     state_dir: StateDir = None,
     redis_url: RedisUrl = None,
     drain_s: DrainS = None,
@@ -137,7 +142,7 @@ def worker(
     logs.configure()
     settings = load_settings(state_dir=state_dir, redis_url=redis_url, drain_s=drain_s)
     url = settings.resolved_redis_url
-    options = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms)
+    options = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms, tuple(engine_arg or ()))
     if no_supervise:
         from .workers import main
         from .workers.worker import Limits
