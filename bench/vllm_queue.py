@@ -27,6 +27,8 @@ from tiny_llama import make
 
 TOKENS = 64
 PROMPT = " ".join(f"word{n}" for n in range(20))
+MODEL = Path(tempfile.gettempdir()) / "fastchat-q-bench" / "tiny-llama"
+"""Where it stays: vLLM keeps what it compiled for a path."""
 START_S = 400.0
 """vLLM compiles the model when it first meets it."""
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -134,7 +136,7 @@ def both(folder: Path, model: Path, dtype: str) -> Iterator[dict[str, Side]]:
         wait(lambda: models(system.port) == ["tiny"], "the worker", START_S)
         queue = {"api": system.api_pid, "worker": worker.pid, "redis": system.redis_pid}
         yield {
-            "vllm serve": Side(port, {"server": serve.pid, **_children(serve.pid)}),
+            "vllm serve": Side(port, {"vllm api": serve.pid, **_children(serve.pid)}),
             "queue": Side(system.port, {**queue, **_children(worker.pid)}),
         }
 
@@ -145,7 +147,7 @@ def _children(pid: int) -> dict[str, int]:
 
     below = psutil.Process(pid).children(recursive=True)
     return {
-        words[0].removeprefix("VLLM::").lower(): p.pid
+        words[0].replace("VLLM::", "vllm ").lower(): p.pid
         for p in below
         if (words := p.cmdline())[:1] and "VLLM::" in words[0]
     }
@@ -172,7 +174,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in setting.items()))
     with (
         tempfile.TemporaryDirectory(prefix="fq") as name,
-        both(Path(name), make(Path(name) / "tiny"), options.dtype) as sides,
+        both(Path(name), make(MODEL), options.dtype) as sides,
     ):
         rows = uvloop.run(compare(sides, options.concurrency, options.rounds))
     if options.json_out is not None:

@@ -19,7 +19,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from fastchat_q.errors import FastchatQError, JobFailedError, RetryableError
-from fastchat_q.events import FinishReason, Piece, Usage
+from fastchat_q.events import FinishReason, Piece, TokenLogprob, Usage
 from fastchat_q.jobs import Job
 from fastchat_q.registry import ModelCard
 
@@ -218,7 +218,7 @@ class VllmEngine(Engine):
         )
         # vLLM's output loop calls this for every output. A task that waits for each request, as AsyncLLM.generate has
         # it, would cost a wake-up a token.
-        answer.put = lambda output: self._take(choice, output)  # type: ignore[method-assign]
+        answer.put = lambda output: self._take(choice, output)
         if answer.output is not None:  # it came before
             self._take(choice, answer.output)
         if self._rows.get(row.ticket) is not row:
@@ -266,7 +266,7 @@ class VllmEngine(Engine):
                 self._spawn(self._llm.abort(choice.request_id))
         positions = completion.logprobs
         sampling = choice.row.job.sampling
-        logprobs = ()
+        logprobs: tuple[TokenLogprob, ...] = ()
         if sampling.logprobs is not None and positions:
             logprobs = token_logprobs(ids, positions[: len(ids)], sampling.logprobs, self._tokenizer.decode)
         before, choice.tokens = choice.tokens, choice.tokens + len(ids)
