@@ -337,6 +337,8 @@ def test_an_adapter_is_a_model_and_never_mixes_with_its_base(
     assert plain != adapted
     answers = driver.run(*[asks(f"l{n}", model="tiny-adapted" if n % 2 else "tiny") for n in range(6)])
     assert [answer.ids for answer in answers] == [plain, adapted] * 3
+    [base] = driver.run(asks("base"))
+    assert base.ids == plain
 
 
 @needs_vllm

@@ -27,6 +27,8 @@ from .vllm_engine import VllmEngine
 BUILTIN_DIRS = {name: Path(__file__).parent / name / "model" for name in BUILTIN}
 OURS = {"model", "served-model-name", "dtype", "max-num-seqs", "enable-log-requests", "enable-lora"}
 """What this program sets, from its own options."""
+ADAPTERS_AT_A_TIME = 8
+"""Those whose weights lie ready on the device, unless --engine-arg max-loras says otherwise; vLLM swaps the rest in."""
 
 
 def build(options: WorkerOptions, name: str, adapters: Mapping[str, str] | None = None) -> VllmEngine:
@@ -49,12 +51,17 @@ def build(options: WorkerOptions, name: str, adapters: Mapping[str, str] | None 
         served: LoRARequest(served, number, path) for number, (served, path) in enumerate((adapters or {}).items(), 1)
     }
     if loras:
-        arguments += ["--enable-lora", f"--max-lora-rank={_rank([lora.lora_path for lora in loras.values()])}"]
+        ready = min(len(loras), ADAPTERS_AT_A_TIME)
+        arguments += ["--enable-lora", f"--max-loras={len(loras) + 1 if _is_cpu() else ready}"]
+        arguments += [f"--max-lora-rank={_rank([lora.lora_path for lora in loras.values()])}"]
     arguments += engine_arguments(options.engine_arg)
+    args = _parse(arguments)
+    if loras and _is_cpu() and args.max_loras <= len(loras):
+        raise ConfigurationError(
+            f"--engine-arg max-loras={args.max_loras}: on a CPU it must be more than the {len(loras)} adapters."
+        )
     try:
-        return VllmEngine(name, AsyncLLM.from_engine_args(_parse(arguments)), loras)
-    except ConfigurationError:
-        raise
+        return VllmEngine(name, AsyncLLM.from_engine_args(args), loras)
     except Exception as error:  # of many kinds: what its configs refuse, and what its processes died of
         raise ConfigurationError(f"vLLM cannot serve {options.model!r}: {_reason(error)}") from error
 
@@ -114,6 +121,14 @@ def _check_device(device: str) -> None:
     have = current_platform.device_type
     if device not in ("auto", have):
         raise ConfigurationError(f"Device {device!r}: the vLLM that is installed here is built for {have!r}.")
+
+
+def _is_cpu() -> bool:
+    """Where vLLM computes adapters in plain PyTorch: there a request without one takes the weights of the last place.
+
+    (Its index -1 picks them; lora/ops/torch_ops/lora_ops.py of 0.32.) One place more than adapters stays empty: zeros.
+    """
+    return bool(current_platform.device_type == "cpu")
 
 
 def _rank(folders: Iterable[str]) -> int:
