@@ -8,6 +8,7 @@ is what shows what a server adds.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 VOCABULARY = 8192
@@ -47,7 +48,18 @@ def make(folder: Path) -> Path:
                 weight.mul_(4.0)
     model.float().save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
+    _spell_for_older_releases(folder)
     return folder
+
+
+def _spell_for_older_releases(folder: Path) -> None:
+    """transformers 4 knows neither the new name of the tokenizer's class nor merges that are pairs."""
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["merges"] = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
+    file.write_text(json.dumps(tokenizer, ensure_ascii=False))
 
 
 def _tokenizer():  # type: ignore[no-untyped-def]  # transformers is not there for the static check
