@@ -24,12 +24,14 @@ from fastchat_q.jobs import Guide, Job, Sampling
 
 from .engines.driving import Answer, Driver, job
 from .servers import wait_until
+from .stack import Stack
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed here: make test-vllm")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]  # vLLM starts slowly, and warns
 
 CONTEXT = 512
+STARTUP_S = 400.0
 LONG = " ".join(f"word{n}" for n in range(20))
 OPTIONS = WorkerOptions("", "tiny", "vllm", 16, "auto", "float32", None, 0.0)
 EAGER = ("enforce-eager=true", f"max-model-len={CONTEXT}")
@@ -406,18 +408,52 @@ def test_the_death_of_vllms_process_ends_the_engine_with_a_reason(model: Path, v
     import psutil
     from fastchat_q.workers.engines import vllm_setup
 
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    before = vllm_processes(psutil.Process())
     engine = vllm_setup.build(replace(OPTIONS, model=str(model), engine_arg=EAGER), "tiny")
     died = threading.Event()
     engine.start(lambda outputs: None, died.set)
     engine.submit(Request(asks("endless", max_tokens=400), "endless"))
-    children = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    children = [child for child in vllm_processes(psutil.Process()) if child not in before]
     core = next(child for child in children if "EngineCore" in "".join(child.cmdline()))
     os.kill(core.pid, signal.SIGKILL)
     assert died.wait(30)
     assert "engine process ended" in str(engine.failure)
     engine.stop()
     wait_until(lambda: not any(_runs(child) for child in children), "nothing of vLLM is left")
+
+
+@needs_vllm
+def test_a_stream_goes_on_when_its_workers_process_is_killed_and_nothing_of_vllm_is_left_behind(
+    stack: Stack, model: Path, vllm_environment: None
+) -> None:
+    import psutil
+
+    flags = ["--engine", "vllm", "--model", str(model), "--name", "tiny", "--dtype", "float32"]
+    flags += [f"--engine-arg={pair}" for pair in EAGER]
+    worker = stack.start("worker", "worker", *flags)
+    wait_until(lambda: not worker.alive or stack.registered(worker.pid), "the worker serves", STARTUP_S)
+    assert worker.alive, worker.output()
+    client = stack.client().with_options(timeout=STARTUP_S)
+    request: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": LONG}], "max_tokens": 400}
+    request |= {"temperature": 0, "extra_body": {"ignore_eos": True}}
+    expected = client.chat.completions.create(**request)
+    parts: list[str] = []
+    children: list[Any] = []
+    for chunk in client.chat.completions.create(**request, stream=True):
+        parts += [choice.delta.content or "" for choice in chunk.choices]
+        if len(parts) == 10:
+            engine = stack.engine_pid(worker)
+            children = vllm_processes(psutil.Process(engine))
+            os.kill(engine, signal.SIGKILL)
+    assert children
+    assert "".join(parts) == expected.choices[0].message.content
+    wait_until(lambda: not any(_runs(child) for child in children), "nothing of the killed one is left")
+    assert worker.stop() == 0
+
+
+def vllm_processes(process: Any) -> list[Any]:
+    """Those below a process; they name themselves."""
+    return [child for child in process.children(recursive=True) if "VLLM::" in "".join(child.cmdline())]
 
 
 def _runs(process: Any) -> bool:
