@@ -22,6 +22,7 @@ from fastchat_q.choices import WorkerOptions
 from fastchat_q.errors import ConfigurationError
 from fastchat_q.models import BUILTIN
 
+from . import vllm_tether
 from .vllm_engine import VllmEngine
 
 BUILTIN_DIRS = {name: Path(__file__).parent / name / "model" for name in BUILTIN}
@@ -56,6 +57,7 @@ def build(options: WorkerOptions, name: str, adapters: Mapping[str, str] | None 
         arguments += [f"--max-lora-rank={_rank([lora.lora_path for lora in loras.values()])}"]
     arguments += engine_arguments(options.engine_arg)
     args = _parse(arguments)
+    vllm_tether.own()
     if loras and _is_cpu() and args.max_loras <= len(loras):
         raise ConfigurationError(
             f"--engine-arg max-loras={args.max_loras}: on a CPU it must be more than the {len(loras)} adapters."
