@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from .models import served_name
 
-EngineName = Literal["transformers", "echo", "openai", "anthropic", "gemini", "llama-cpp"]
+EngineName = Literal["transformers", "vllm", "echo", "openai", "anthropic", "gemini", "llama-cpp"]
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu", "npu"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal[
@@ -96,6 +96,8 @@ class WorkerOptions:
     token_delay_ms: float
     load: LoadOptions = AS_IT_IS
     upstream: UpstreamOptions = NO_UPSTREAM
+    engine_arg: tuple[str, ...] = ()
+    """Of vLLM's own options, as ``key=value``."""
 
     @property
     def served_as(self) -> str:
@@ -134,6 +136,9 @@ def _words(options: Any) -> Iterator[str]:
         value = getattr(options, entry.name)
         if is_dataclass(value):
             yield from _words(value)
+        elif isinstance(value, tuple):
+            for one in value:
+                yield from (flag(entry.name), one)
         elif value is True:
             yield flag(entry.name)
         elif value is not None and value is not False:

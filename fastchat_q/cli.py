@@ -54,6 +54,9 @@ NoSupervise = Annotated[
     bool, typer.Option("--no-supervise", help="Run the engine in this process; something else starts it again.")
 ]
 WorkerId = Annotated[str | None, typer.Option("--id", hidden=True)]
+EngineArg = Annotated[
+    list[str] | None, typer.Option("--engine-arg", help="An option of vLLM's own, as key=value; may be repeated.")
+]
 TokenDelay = Annotated[float, typer.Option("--token-delay-ms", min=0, help="Pace of the echo engine.")]
 
 
@@ -120,6 +123,7 @@ def up(
     on_demand: OnDemand = False,
     keep_alive: KeepAlive = "5m",
     max_loaded: MaxLoaded = 1,
+    engine_arg: EngineArg = None,
     *,
     load: LoadOptions,
     upstream: UpstreamOptions,
@@ -135,7 +139,8 @@ def up(
     )
     check_exposure(settings)
     first, *more = all_models(model, models)
-    worker = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream)
+    own = tuple(engine_arg or ())
+    worker = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own)
     demand = DemandOptions(tuple(more), on_demand, keep_alive, max_loaded)
     offered = offers(worker, demand)  # what is wrong is said here, and not in a log
     arguments = (*worker.arguments(), *demand.arguments(), "--drain-s", str(settings.drain_s))
@@ -180,6 +185,7 @@ def worker(
     on_demand: OnDemand = False,
     keep_alive: KeepAlive = "5m",
     max_loaded: MaxLoaded = 1,
+    engine_arg: EngineArg = None,
     state_dir: StateDir = None,
     redis_url: RedisUrl = None,
     drain_s: DrainS = None,
@@ -199,7 +205,8 @@ def worker(
     settings = load_settings(state_dir=state_dir, redis_url=redis_url, drain_s=drain_s)
     url = settings.resolved_redis_url
     first, *more = all_models(model, models)
-    options = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream)
+    own = tuple(engine_arg or ())
+    options = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own)
     demand = DemandOptions(tuple(more), on_demand, keep_alive, max_loaded)
     offered = offers(options, demand)
     if no_supervise:

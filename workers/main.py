@@ -58,8 +58,12 @@ def serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None)
 
 def build_engine(options: WorkerOptions) -> Engine:
     """Loads the chosen engine; heavy imports happen here and only here."""
-    slots = options.slots or DEFAULT_SLOTS[options.engine]
     name = options.served_as
+    if options.engine == "vllm":
+        return _vllm(options, name)
+    if options.engine_arg:
+        raise ConfigurationError(f"--engine-arg is for --engine vllm; {options.engine} has no such options.")
+    slots = options.slots or DEFAULT_SLOTS[options.engine]
     if options.engine == "echo":
         from .engines.echo import EchoEngine
 
@@ -83,6 +87,16 @@ def build_engine(options: WorkerOptions) -> Engine:
 
         return AdaptedEngine(name, slots, loaded, loaded.adapter)
     return transformers_engine.build(name, slots, loaded)
+
+
+def _vllm(options: WorkerOptions, name: str) -> Engine:
+    try:
+        from .engines import vllm_setup
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"The vLLM engine needs {error.name}, which is not installed: docs/workers/vllm.md says how."
+        ) from error
+    return vllm_setup.build(options, name)
 
 
 async def _serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None) -> None:
