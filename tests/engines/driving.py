@@ -90,8 +90,15 @@ class Driver:
         self.resume_behind(one, [Piece(prior)] if prior else [])
 
     def resume_behind(self, one: Job, prior: Iterable[Piece]) -> None:
-        self._answers[one.id] = Answer()
-        self.engine.submit(Request(one, one.id, tuple(prior)))
+        self.take(Request(one, one.id, tuple(prior)))
+
+    def take(self, request: Request) -> None:
+        self._answers[request.job.id] = Answer()
+        self.engine.submit(request)
+
+    def wait_text(self, job_id: str, text: str) -> None:
+        """Returns when a job has said this."""
+        self._until(lambda: self._answers[job_id].text == text)
 
     def wait(self, *job_ids: str) -> list[Answer]:
         """Returns when all of these jobs have ended."""

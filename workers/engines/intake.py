@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from fastchat_q.errors import ContextLengthError, InvalidRequestError
 from fastchat_q.events import Piece, Usage
-from fastchat_q.jobs import Job
 
 from .base import Ended, Output, Request
 from .loading import Loaded
+from .rendering import Renderer, token_limit
 from .sequence import Sequence
 from .text import Detokenizer, StopMatcher
 
@@ -77,7 +76,8 @@ class Intake:
     def __init__(self, loaded: Loaded, room: int | None = None) -> None:
         self._loaded = loaded
         self._room = room
-        self._vocabulary = loaded.model.config.get_text_config().vocab_size
+        vocabulary = loaded.model.config.get_text_config().vocab_size
+        self._renderer = Renderer(loaded.tokenizer, vocabulary, loaded.chat, loaded.adapter)
 
     def answers(self, request: Request) -> tuple[Answers, Ended | None]:
         """The choices of a job with what they have said already, and its end if that was all.
@@ -86,8 +86,8 @@ class Intake:
             InvalidRequestError: it cannot be served.
         """
         job = request.job
-        prompt = self._render(job)
-        limit = self._limit(len(prompt), job.sampling.max_tokens)
+        prompt = self._renderer.prompt(job)
+        limit = token_limit(self._loaded.context_length, len(prompt), job.sampling.max_tokens, self._room)
         answers = Answers(request.ticket)
         for index in range(job.sampling.n):
             answers.choices.append(Choice(answers, index, self._sequence(request, prompt, limit, index)))
@@ -110,55 +110,10 @@ class Intake:
             sampling=sampling,
             eos_ids=frozenset() if sampling.ignore_eos else self._loaded.eos_ids,
             detokenizer=Detokenizer(self._decode_ids),
-            stop=StopMatcher(sampling.stop),
+            stop=StopMatcher(sampling.stop if sampling.ignore_eos else (*sampling.stop, *self._renderer.stop)),
         )
 
     def _decode_ids(self, ids: list[int]) -> str:
         text = self._loaded.tokenizer.decode(ids, skip_special_tokens=True)
         assert isinstance(text, str)
         return text
-
-    def _render(self, job: Job) -> list[int]:
-        """Messages -> prompt token ids, through the tokenizer's own chat template.
-
-        Control tokens that a user typed are encoded as ordinary text (``sanitize_control_tokens``).
-        """
-        messages = [message.model_dump(exclude_defaults=True) for message in job.messages]
-        try:
-            encoded = self._loaded.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, sanitize_control_tokens=True
-            )
-        except Exception as error:  # templates raise what they like, e.g. on roles that do not alternate
-            raise InvalidRequestError(
-                f"The chat template of {job.model!r} refuses these messages: {error}", param="messages"
-            ) from error
-        ids: list[int] = encoded["input_ids"]  # type: ignore[index, call-overload, assignment]
-        if not ids:
-            raise InvalidRequestError(
-                f"The chat template of {job.model!r} makes an empty prompt of them.", param="messages"
-            )
-        if max(ids) >= self._vocabulary:
-            raise InvalidRequestError(
-                f"The tokenizer of {job.model!r} gives token {max(ids)}, beyond its vocabulary of {self._vocabulary}.",
-                param="messages",
-            )
-        return ids
-
-    def _limit(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        """Tokens that a request may generate."""
-        context, room = self._loaded.context_length, self._room
-        asked = f" and {max_tokens} for the completion" if max_tokens else ""
-        if context is not None and prompt_tokens + (max_tokens or 1) > context:
-            raise ContextLengthError(
-                f"This model's maximum context length is {context} tokens, but the request asks for {prompt_tokens} "
-                f"in the messages{asked}. Shorten the messages or lower max_tokens.",
-                param="messages",
-            )
-        if room is not None and prompt_tokens + (max_tokens or 1) > room:
-            raise ContextLengthError(
-                f"This worker's KV memory holds {room} tokens, but the request asks for {prompt_tokens} in the "
-                f"messages{asked}. Shorten the messages, lower max_tokens, or give the worker more KV memory.",
-                param="messages",
-            )
-        bounds = [bound - prompt_tokens for bound in (context, room) if bound is not None]
-        return max_tokens or min(bounds, default=2**31)

@@ -15,8 +15,8 @@ from .base import Ended, Engine, Output, Request
 from .choose import NoWayError, choose_way
 from .generate_engine import GenerateEngine
 from .intake import Choice, Intake
+from .kv_memory import default_kv_bytes
 from .loading import Loaded
-from .memory import default_kv_bytes
 from .passes import Model, Part, Row
 from .sampling import sample
 from .scheduler import Run, Scheduler
