@@ -134,7 +134,7 @@ def test_an_answer_that_comes_out_differently_the_second_time_is_an_honest_error
     echo = echo_worker(upstream, delay_ms=5)
     worker = forward(stack, upstream)
     messages = [{"role": "user", "content": "one two three"}]
-    connection, _ = open_stream(stack.port, {**ENDLESS, "messages": messages, "max_tokens": 500})
+    connection, _ = open_stream(stack.port, {**ENDLESS, "messages": messages, "max_tokens": 5000})
     events = connection.events()
     for _ in range(30):
         next(events)
