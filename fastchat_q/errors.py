@@ -15,6 +15,7 @@
     ├── QueueFullError                   429 queue_full            with Retry-After
     ├── QueueDrainingError               503 queue_draining        with Retry-After
     ├── NoWorkerError                    503 no_worker             with Retry-After
+    ├── LoadFailedError                  503 load_failed           with Retry-After
     ├── QueueUnavailableError            503 queue_unavailable     with Retry-After
     ├── DeadlineError                    504 deadline_exceeded
     ├── JobFailedError                   500, or what the worker's error says
@@ -171,6 +172,21 @@ class NoWorkerError(FastchatQError):
     status = 503
     code = "no_worker"
     retry_after_s = 5
+
+
+class LoadFailedError(FastchatQError):
+    """The model is loaded on demand, and that failed lately."""
+
+    status = 503
+    code = "load_failed"
+
+    def __init__(self, model: str, reason: str, retry_in_s: int) -> None:
+        self.retry_after_s = max(retry_in_s, 1)
+        super().__init__(
+            f"Model {model!r} could not be loaded: {reason}. It is tried again for requests that come in "
+            f"{self.retry_after_s} s or later.",
+            param="model",
+        )
 
 
 class QueueUnavailableError(FastchatQError):

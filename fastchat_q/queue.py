@@ -234,14 +234,21 @@ class Queue:
             if taken or code != Advice.AGAIN:
                 return Taken([_claim(*fields) for fields in taken], Advice(code))
 
-    async def wait(self, model: str, timeout_s: float) -> None:
+    async def wait(self, model: str, timeout_s: float) -> bool:
         """Blocks until a job may be there, at the most ``timeout_s`` seconds. Needs a blocking connection.
+
+        Returns:
+            Whether the bell rang.
 
         Raises:
             TimeoutError: the server did not even say that time is up: the connection is dead without being closed.
         """
         async with asyncio.timeout(timeout_s + DEAD_CONNECTION_S):
-            await self._redis.blpop([keys.model_keys(model).bell], timeout=timeout_s)  # type: ignore[arg-type, misc]
+            return None is not await self._redis.blpop([keys.model_keys(model).bell], timeout=timeout_s)  # type: ignore[arg-type, misc]
+
+    async def ring(self, model: str) -> None:
+        """Passes a bell on that was taken for nothing, to a worker that can take a job."""
+        await self._redis.rpush(keys.model_keys(model).bell, "1")  # type: ignore[misc]
 
     async def renew(self, model: str, claims: Sequence[Claim]) -> list[Claim]:
         """Extends the leases; returns the claims that are lost."""
@@ -270,6 +277,11 @@ class Queue:
         """
         back, dead = await self._call("disown", model, (worker_id, int(crashed), reason, *known))
         return back, dead
+
+    async def model_of_key(self, tenant: str, key_digest: str) -> str | None:
+        """The slug of the model that the client's idempotency key was used for."""
+        used_for: bytes | None = await self._redis.get(keys.idempotent_model(tenant, key_digest))
+        return None if used_for is None else used_for.decode()
 
     async def is_known(self, model: str, tenant: str, key_digest: str) -> bool:
         """Whether the client's idempotency key has a job of this model."""

@@ -45,7 +45,7 @@ def build(options: WorkerOptions, name: str, slots: int) -> Engine:
             f"The {options.engine} engine needs {error.name}, which is not installed: "
             f"pip install 'fastchat-q[{options.engine}]'."
         ) from error
-    upstream = module.Upstream(options.model, options.base_url, _key(options, kind))
+    upstream = module.Upstream(options.model, options.upstream.base_url, _key(options, kind))
     more = {"threads": options.threads} if options.engine == "llama-cpp" else {}
     engine: Engine = module.connect(name, slots, upstream, **more)
     return engine
@@ -57,12 +57,12 @@ def _key(options: WorkerOptions, kind: Forwarder) -> str | None:
     Raises:
         ConfigurationError: the variable that was named is not set, or a key would go nowhere.
     """
-    if options.api_key_env is not None:
-        key = os.environ.get(options.api_key_env)
+    if options.upstream.api_key_env is not None:
+        key = os.environ.get(options.upstream.api_key_env)
         if not key:
-            raise ConfigurationError(f"--api-key-env {options.api_key_env}: there is no such environment variable.")
+            raise ConfigurationError(f"--api-key-env: there is no variable {options.upstream.api_key_env}.")
         return key
-    if options.engine == "openai" and options.base_url is not None:
+    if options.engine == "openai" and options.upstream.base_url is not None:
         return None  # a key of OpenAI's is not for anybody else
     key = os.environ.get(kind.key or "") or None
     if options.engine == "openai" and key is None:

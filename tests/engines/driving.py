@@ -61,10 +61,11 @@ def job(
     seed: int = 0,
     stop: tuple[str, ...] = (),
     ignore_eos: bool = False,
+    n: int = 1,
 ) -> Job:
     """A job with one user message; greedy unless told otherwise."""
     sampling = Sampling(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop, ignore_eos=ignore_eos
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop, ignore_eos=ignore_eos, n=n
     )
     return Job(id=job_id, model="m", messages=(Message(role="user", content=text),), sampling=sampling)
 
@@ -86,7 +87,10 @@ class Driver:
 
     def resume(self, one: Job, prior_ids: Iterable[int]) -> None:
         prior = tuple(prior_ids)
-        self.take(Request(one, one.id, (Piece(prior),) if prior else ()))
+        self.resume_behind(one, [Piece(prior)] if prior else [])
+
+    def resume_behind(self, one: Job, prior: Iterable[Piece]) -> None:
+        self.take(Request(one, one.id, tuple(prior)))
 
     def take(self, request: Request) -> None:
         self._answers[request.job.id] = Answer()

@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -89,6 +89,11 @@ class Engine(ABC):
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._sink: Sink | None = None
         self._on_death: Callable[[], None] | None = None
+
+    @property
+    def cards(self) -> Sequence[ModelCard]:
+        """What it serves: its model, and adapters of it, each asked for by its own name."""
+        return (self.card,)
 
     def start(self, sink: Sink, on_death: Callable[[], None]) -> None:
         """Starts the thread. ``on_death`` is called on it if the loop itself fails; see ``failure`` then."""
