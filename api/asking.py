@@ -20,7 +20,7 @@ from fastchat_q.queue import KEEP_S, Terms
 from fastchat_q.tenants import Caller
 
 from . import render
-from .admission import admit
+from .admission import admit, resolve
 from .auth import caller_of
 from .limits import NOTHING, Reservation
 from .problems import error_response
@@ -29,6 +29,8 @@ from .streaming import JobStreamResponse, disconnected, raise_if_failed, sse
 
 CLIENT_CLOSED_REQUEST = 499
 MAX_IDEMPOTENCY_KEY = 255
+MODEL_HEADER = "x-fastchat-q-model"
+"""The model that the answer is of; the body names what was asked for, which may be an alias."""
 
 Whole = Callable[[render.View, Sequence[Event], End], dict[str, Any]]
 """Makes the body of an answer that is not streamed."""
@@ -55,9 +57,13 @@ async def answer(
     """
     service, caller = service_of(request), caller_of(request)
     idempotency = _idempotency(body, request)
+    key_digest = idempotency[0] if idempotency else ""
+    asked = job.model
+    model = await resolve(service.catalog, service.queue, caller.tenant, asked, job.id, key_digest)
+    job = job.model_copy(update={"model": model})
     known = idempotency is not None and await service.queue.is_known(job.model, caller.tenant, idempotency[0])
     if not known:  # an answer that is there needs no worker
-        card = await admit(service.catalog, caller, job.model, job.lane)
+        card = await admit(service.catalog, caller, job.model, job.lane, asked=asked)
         if card is not None:
             check_can_do(card, job, spelt)
     terms = _terms(service, caller, job, view, idempotency, detached=detached)
@@ -69,7 +75,7 @@ async def answer(
         raise
     if events.view:  # the idempotency key found an earlier job
         view = render.View.from_json(events.view)
-    headers = {"x-job-id": public_job_id(job.model, events.job_id), **reservation.headers}
+    headers = {MODEL_HEADER: job.model, "x-job-id": public_job_id(job.model, events.job_id), **reservation.headers}
 
     def leave() -> None:
         service.relay.leave(events, grace_s)

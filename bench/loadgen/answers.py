@@ -7,6 +7,7 @@ from .framing import BadAnswerError, excerpt
 
 _DONE = b"data: [DONE]\n\n"
 _COMPLETION_TOKENS = re.compile(rb'"completion_tokens":(\d+)')
+_CONTENT = re.compile(rb'"content": ?"[^"]')
 _ERROR = re.compile(rb'"error":\{[^\n]*')
 
 
@@ -118,6 +119,37 @@ class ExactAnswer(StreamAnswer):
         text = "".join(delta.get("content") or "" for delta in deltas)
         if text != self._expected:
             raise BadAnswerError(f"another text than expected: {excerpt(text.encode())}")
+
+
+class PeerAnswer(Answer):
+    """A stream of another server: JSON of any spelling, with or without usage, finish and `[DONE]`.
+
+    It must have brought text, and nobody counts its tokens: it is taken to have as many as were asked for, which holds
+    where nothing ends an answer earlier.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        super().__init__()
+        self._max_tokens = max_tokens
+        self._last_at_s = 0.0
+        self._tail = b""  # a key may be cut in two
+
+    def feed(self, body: bytes, now_s: float) -> None:
+        text = self._tail + body
+        self._tail = text[-32:] if b"\n\n" not in text[-32:] else text[-32:].rpartition(b"\n\n")[2]
+        text = text[: len(text) - len(self._tail)]
+        if content := len(_CONTENT.findall(text)):
+            if self.first_at_s is None:
+                self.first_at_s = now_s
+            else:
+                self.gaps_s.append(now_s - self._last_at_s)
+            self._last_at_s = now_s
+            self.content_events += content
+
+    def end(self) -> None:
+        if not self.content_events:
+            raise BadAnswerError(f"stream ended without text: {excerpt(self._tail)}")
+        self.tokens = self._max_tokens
 
 
 class WholeAnswer(Answer):

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import cast
 
-from .answers import Answer, ExactAnswer, StreamAnswer, WholeAnswer
+from .answers import Answer, ExactAnswer, PeerAnswer, StreamAnswer, WholeAnswer
 from .config import Config, build_request, parse_target
 from .cpu import CpuClock
 from .framing import BadAnswerError, Framing
@@ -119,6 +119,8 @@ class Client(asyncio.Protocol):
         config = self._load.config
         if status != 200 or not config.stream:
             return WholeAnswer(status)
+        if config.peer:
+            return PeerAnswer(config.max_tokens)
         return StreamAnswer() if config.expected is None else ExactAnswer(config.expected)
 
     def _fail(self, text: str, now_s: float) -> None:

@@ -29,6 +29,7 @@ class Config:
     pids: Mapping[str, int] = field(default_factory=dict)
     timeout_s: float = 60.0  # one request, sent -> ended
     expected: str | None = None  # the text that every stream must have, if it matters
+    peer: bool = False  # another server, whose streams need not be whole by OpenAI's rules: see PeerAnswer
 
 
 class Target(NamedTuple):
@@ -75,7 +76,7 @@ def build_request(config: Config, target: Target) -> bytes:
         "max_tokens": config.max_tokens,
         "stream": config.stream,
     }
-    if config.stream:
+    if config.stream and not config.peer:
         body["stream_options"] = {"include_usage": True}
     if set_twice := sorted(body.keys() & config.extra.keys()):
         raise ConfigError(f"extra sets {', '.join(set_twice)}, which the other options set")
