@@ -11,16 +11,18 @@ import uvloop
 
 from fastchat_q.choices import WorkerOptions
 from fastchat_q.errors import ConfigurationError
-from fastchat_q.models import served_name
 
+from . import forwarders
 from .active import Links
+from .adapters import Generates
 from .engines.base import Engine
+from .progress import Progress
 from .watch import EngineHungError
 from .worker import Limits, Worker
 
 log = structlog.get_logger()
 
-DEFAULT_SLOTS = {"transformers": 16, "echo": 64}
+DEFAULT_SLOTS = {"transformers": 16, "echo": 64, "openai": 64, "anthropic": 16, "gemini": 16, "llama-cpp": 4}
 EXIT_FAILED = 1
 EXIT_HUNG = 70
 """The engine's thread hangs: of its own, so that a supervisor of any kind can tell it from a crash."""
@@ -56,7 +58,7 @@ def serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None)
 
 def build_engine(options: WorkerOptions) -> Engine:
     """Loads the chosen engine; heavy imports happen here and only here."""
-    name = options.name or served_name(options.model)
+    name = options.served_as
     if options.engine == "vllm":
         return _vllm(options, name)
     if options.engine_arg:
@@ -66,18 +68,25 @@ def build_engine(options: WorkerOptions) -> Engine:
         from .engines.echo import EchoEngine
 
         return EchoEngine(name, slots, options.token_delay_ms / 1000)
+    if options.engine in forwarders.KINDS:
+        return forwarders.build(options, name, slots)
+    progress = Progress()
+    progress(0.0, "import")
     try:
-        from .engines import loading
-        from .engines.transformers_engine import TransformersEngine
+        from .engines import devices, loading, transformers_engine
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"The transformers engine needs {error.name}, which is not installed: pip install 'fastchat-q[worker]', "
             "or take --engine echo, which needs no model."
         ) from error
-    loading.set_threads(options.threads)
+    devices.set_threads(options.threads)
     log.info("loading", model=options.model, device=options.device, dtype=options.dtype)
-    loaded = loading.load(options.model, options.device, options.dtype)
-    return TransformersEngine(name, slots, loaded)
+    loaded = loading.load(options.model, options.device, options.dtype, options.load, progress)
+    if isinstance(loaded.adapter, Generates):
+        from .engines.adapted import AdaptedEngine
+
+        return AdaptedEngine(name, slots, loaded, loaded.adapter)
+    return transformers_engine.build(name, slots, loaded)
 
 
 def _vllm(options: WorkerOptions, name: str) -> Engine:
@@ -91,7 +100,7 @@ def _vllm(options: WorkerOptions, name: str) -> Engine:
 
 
 async def _serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None) -> None:
-    links = Links.to(redis_url)
+    links = Links.to(redis_url, len(engine.cards))
     worker = Worker(links, engine, limits, worker_id, supervisor=os.getppid() if worker_id else 0)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
