@@ -374,7 +374,7 @@ class VllmEngine(Engine):
         if self.failure is None:
             self.failure = VllmDiedError(
                 "its engine process ended, and said why in the lines above. If that was memory: lower "
-                "--engine-arg max-num-seqs, max-model-len or gpu-memory-utilization."
+                "--slots, --max-model-len or --engine-arg gpu-memory-utilization."
             )
             self.failure.__cause__ = error
             assert self._on_death is not None
