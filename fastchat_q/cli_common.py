@@ -1,19 +1,25 @@
 """What the commands for operators share: options, exit codes, one connection, tables and JSON."""
 
+import functools
+import inspect
 import json
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
+
+from .choices import flag
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from .settings import Settings
 
+KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 EXIT_FAILED, EXIT_USAGE, EXIT_REDIS, EXIT_NOT_FOUND = 1, 2, 3, 4
 REACH_S = 5.0
 
@@ -24,6 +30,34 @@ RedisUrl = Annotated[
 StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Where data, key and logs are kept.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")]
 T = TypeVar("T")
+
+
+def with_options(**kinds: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for each field of some dataclasses; its arguments of these names get the objects."""
+
+    def option(kind: type[Any], entry: "Field[Any]") -> inspect.Parameter:
+        form: Any = Annotated
+        annotation = form[get_type_hints(kind)[entry.name], typer.Option(flag(entry.name), **entry.metadata)]
+        return inspect.Parameter(entry.name, KEYWORD_ONLY, default=entry.default, annotation=annotation)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [parameter for name, parameter in signature.parameters.items() if name not in kinds]
+        added = [option(kind, entry) for kind in kinds.values() for entry in fields(kind)]
+
+        @functools.wraps(command)
+        def run(*args: Any, **values: Any) -> None:
+            groups = {
+                name: kind(**{entry.name: values.pop(entry.name) for entry in fields(kind)})
+                for name, kind in kinds.items()
+            }
+            command(*args, **groups, **values)
+
+        run.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)} | {"return": None}
+        return run
+
+    return decorate
 
 
 def load_settings(**flags: Any) -> "Settings":
@@ -103,6 +137,27 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 def printable(line: str) -> str:
     """Without control characters: what clients and workers wrote must not drive the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in line)
+
+
+def parse_duration(words: str) -> float:
+    """Seconds of ``90``, ``5m`` or ``1h30m``; infinity for a negative number, as Ollama has it.
+
+    Raises:
+        ConfigurationError: it is none of these.
+    """
+    import re
+
+    from .errors import ConfigurationError
+
+    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+    if re.fullmatch(r"-\d+(\.\d+)?(ms|s|m|h|d)?", words):
+        return float("inf")
+    if re.fullmatch(r"\d+(\.\d+)?", words):
+        return float(words)
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", words)
+    if not parts or "".join(number + unit for number, unit in parts) != words:
+        raise ConfigurationError(f"{words!r} is no duration: expected such as 300, 5m, 1h30m, or -1 for ever.")
+    return sum(float(number) * units[unit] for number, unit in parts)
 
 
 def duration(seconds: float | None) -> str | None:

@@ -139,7 +139,7 @@ class Delta:
         """All that the pieces say, one after another."""
         return "".join([piece.said for piece in self.pieces])
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether it is tokens and text of a single answer."""
         return len(self.pieces) == 1 and self.pieces[0].is_plain

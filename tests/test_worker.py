@@ -201,8 +201,8 @@ async def test_a_job_cancelled_while_others_are_begun_is_not_begun(redis: "Redis
     await enqueue(redis, job("J1"), job("J2"))
     worker = Worker(links, EchoEngine("echo", 4, 0), Limits(drain_s=1))
     first, second = await claim(redis, worker.id, 2)
-    worker._take(first, time.monotonic())
-    worker._take(second, time.monotonic())
+    worker._take(worker._lines[0], first, time.monotonic())
+    worker._take(worker._lines[0], second, time.monotonic())
     worker._lost(second)
     await worker._begin(second)
     assert list(worker._active) == ["J1"]
@@ -215,7 +215,7 @@ async def test_a_job_whose_log_cannot_be_read_now_is_not_kept(
     worker = Worker(links, EchoEngine("echo", 4, 0), Limits(drain_s=1))
     await redis.hset(NAMES.job("J1"), "n", 3)  # type: ignore[misc]
     [held] = await claim(redis, worker.id, 1)
-    worker._take(held, time.monotonic())
+    worker._take(worker._lines[0], held, time.monotonic())
     monkeypatch.setattr(links.commands, "xrange", _away)
     await worker._begin(held)
     assert not worker._active, "nothing renews its lease any more"

@@ -1,24 +1,38 @@
-"""From a path or hub id to a model on a device, or to an error that says what to do."""
+"""From a path or hub id to a model on a device, or to an error that says what to do.
+
+`hub` has the files, `devices` the places, `quantization` the methods, `memory` the sizes, `progress` the bars.
+"""
 
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import structlog
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from fastchat_q.workers import adapters
+from fastchat_q.workers.families import Choice
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastchat_q.choices import Device, Dtype
+from fastchat_q.choices import AS_IT_IS, Device, Dtype, LoadOptions
 from fastchat_q.errors import ConfigurationError
-from fastchat_q.models import BUILTIN
+
+from . import hub
+from .checkpoint import stored_bytes
+from .configs import context_length, model_class
+from .devices import Placement, pick_device, place
+from .plan import config_trouble, pick_dtype, read_config, weights_needed
+from .progress import OnProgress, Progress
+from .quantization import arguments, choose, dtype_for, settle
+from .rendering import give_template, stop_ids
 
 log = structlog.get_logger()
 
-BUILTIN_DIRS = {name: Path(__file__).parent / name / "model" for name in BUILTIN}
-"""Where the built-in models lie inside the package."""
-
+WIDEST = 8
+"""Times that weights can grow while loading: from 4 bits to float32."""
+WAYS_OUT = (
+    "Take --dtype bfloat16 or --quantization bitsandbytes-4bit, several GPUs with --num-gpus, "
+    "or --cpu-offload and --offload-dir."
+)
 
 PROCESSORS: dict[str, object] = {
     "repetition_penalty": 1.0,
@@ -37,93 +51,178 @@ class Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
+    """Where its inputs go."""
     context_length: int | None
     eos_ids: frozenset[int]
+    chat: Choice | None = None
+    """Its family and chat template; None: the tokenizer's own, of a family that is not known."""
+    adapter: adapters.Adapter | None = None
 
 
-def load(source: str, device: Device = "auto", dtype: Dtype = "auto") -> Loaded:
-    """Loads a causal LM and its tokenizer; weights as safetensors only, and no code from the checkpoint.
+def load(
+    source: str,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    options: LoadOptions = AS_IT_IS,
+    on_progress: OnProgress | None = None,
+) -> Loaded:
+    """Loads a language model and its tokenizer.
 
     Args:
-        source: a built-in name, a local folder, or a Hugging Face hub id.
+        source: a built-in name, a local folder, a .gguf file, a Hugging Face hub id, or ``owner/name/file.gguf``.
         device: ``auto`` takes the first accelerator that is there, else the CPU.
         dtype: ``auto`` takes the checkpoint's own, but float32 instead of float16 on a CPU, which has no fast half.
+        on_progress: is told how far download and load are.
 
     Raises:
         ConfigurationError: it cannot be loaded; the message says why and what to do.
     """
-    path = str(BUILTIN_DIRS.get(source, source))
-    target = pick_device(device)
-    if _looks_like_a_folder(source) and not Path(path).is_dir():
-        raise ConfigurationError(f"Model {source!r} cannot be loaded: there is no such folder.")
+    placement = place(pick_device(device), options)
+    progress = Progress(source, on_progress)
+    files = hub.fetch(source, options, progress)
+    entries = {} if files.gguf else _entries(source, files)
+    adapter = adapters.find(entries)
+    if isinstance(adapter, adapters.Loads):
+        model, tokenizer = _adapted(source, files, adapter, placement.device, dtype)
+    else:
+        model, tokenizer = _from_checkpoint(source, files, options, placement, dtype, progress)
+    chat = None
+    if not isinstance(adapter, adapters.Templates):
+        chat = give_template(tokenizer, source, str(files.folder), entries, options.chat_template)
+        log.info("chat template", model=source, family=chat.family.name, template=chat.why)
+    torch.nn.Module.eval(model)
+    progress.report("load", 1, 1)
+    _warn_of_ignored_settings(source, model)
+    length = context_length(model.config, options.max_model_len)
+    eos_ids = _eos_ids(model, tokenizer) | (stop_ids(tokenizer, chat) if chat is not None else frozenset())
+    return Loaded(model, tokenizer, _input_device(model, placement), length, eos_ids, chat, adapter)
+
+
+def _entries(source: str, files: hub.Files) -> dict[str, Any]:
+    """config.json as it is in the file: adapters are for models that transformers does not know."""
     try:
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        both: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=_pick_dtype(dtype, config, target), use_safetensors=True, output_loading_info=True
-        )
-        model, report = both
-    except Exception as error:  # a broken checkpoint may raise anything: KeyError, SafetensorError, RuntimeError
+        entries: dict[str, Any] = PreTrainedConfig.get_config_dict(files.folder)[0]
+    except Exception as error:
         raise ConfigurationError(f"Model {source!r} cannot be loaded: {_first_line(error)}") from error
+    return entries
+
+
+def _adapted(
+    source: str, files: hub.Files, adapter: adapters.Loads, device: torch.device, dtype: Dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model, tokenizer = adapter.load(str(files.folder), device=device, dtype=wanted)
+        torch.nn.Module.to(model, device)
+    except ConfigurationError:
+        raise
+    except Exception as error:  # somebody else's code
+        raise ConfigurationError(f"Model {source!r} cannot be loaded: {_first_line(error)}") from error
+    return model, tokenizer
+
+
+def _from_checkpoint(
+    source: str, files: hub.Files, options: LoadOptions, placement: Placement, dtype: Dtype, progress: Progress
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    config = read_config(source, files, options)
+    method = choose(options.quantization, source, config, placement.device, gguf=files.gguf is not None)
+    chosen = dtype_for(method, pick_dtype(dtype, config, placement.device))
+    _check_room(source, config, files, method, chosen, placement)
+    tokenizer = _tokenizer(source, files, options)
+    with progress.of_weights():
+        model = _weights(source, config, files, options, placement, method, chosen)
+    settle(model, method)
+    return model, tokenizer
+
+
+def _tokenizer(source: str, files: hub.Files, options: LoadOptions) -> PreTrainedTokenizerBase:
+    extra = {"gguf_file": files.gguf} if files.gguf else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=options.trust_remote_code, **extra)
+    except Exception as error:  # a broken checkpoint may raise anything
+        raise ConfigurationError(f"Model {source!r} cannot be loaded: {_first_line(error)}") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _weights(
+    source: str,
+    config: PreTrainedConfig,
+    files: hub.Files,
+    options: LoadOptions,
+    placement: Placement,
+    method: str | None,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    extra: dict[str, Any] = {"gguf_file": files.gguf} if files.gguf else {"use_safetensors": not files.pickled}
+    try:
+        both: Any = model_class(config).from_pretrained(
+            files.folder,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
+            **placement.arguments,
+            **arguments(method, dtype),
+            **extra,
+        )
+    except Exception as error:  # a broken checkpoint may raise anything: KeyError, SafetensorError, RuntimeError
+        if is_out_of_memory(error):
+            raise ConfigurationError(
+                f"Model {source!r} does not fit on {placement.device}: {_first_line(error)} {WAYS_OUT}"
+            ) from error
+        raise ConfigurationError(f"Model {source!r} cannot be loaded: {_first_line(error)}") from error
+    model, report = both
     if missing := sorted(report["missing_keys"]):  # these would be random numbers, and so would the answers
         raise ConfigurationError(
             f"Model {source!r} cannot be loaded: its files hold no weights for {len(missing)} tensors, such as "
             f"{missing[0]}. Download it again, or correct its config.json."
         )
-    if tokenizer.chat_template is None:
-        raise ConfigurationError(
-            f"Model {source!r} has no chat template in its tokenizer, so it cannot take chat messages. "
-            "Use an instruction-tuned variant of it."
-        )
-    try:
-        torch.nn.Module.to(model, target)
-        torch.nn.Module.eval(model)
-    except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
-        raise ConfigurationError(f"Model {source!r} does not fit on {target}: {_first_line(error)}") from error
-    _warn_of_ignored_settings(source, model)
-    return Loaded(model, tokenizer, target, _context_length(config), _eos_ids(model, tokenizer))
+    assert isinstance(model, PreTrainedModel)
+    return model
 
 
-def pick_device(device: Device) -> torch.device:
-    """The torch device for a choice on the command line.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Accelerators have a type for it; the CPU's allocator raises a RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "Cannot allocate memory"))
 
-    Raises:
-        ConfigurationError: the device is not there.
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if device == "auto":
-        return accelerator or torch.device("cpu")
-    if device == "cpu" or (accelerator is not None and accelerator.type == device):
-        return torch.device(device)
-    have = f"only {accelerator.type} and cpu" if accelerator else "only the cpu"
+
+def _check_room(
+    source: str,
+    config: PreTrainedConfig,
+    files: hub.Files,
+    method: str | None,
+    dtype: torch.dtype,
+    placement: Placement,
+) -> None:
+    """Refuses files that are damaged, and a load that cannot fit: on a CPU the kernel would end this process."""
+    stored = None if files.gguf else stored_bytes(source, files.folder)
+    if placement.to_disk or (stored is not None and stored[1] * WIDEST <= placement.budget):
+        return
+    need = weights_needed(config, method, dtype, stored[1] if stored else None)
+    if need is None or need <= placement.budget:
+        return
+    name = str(dtype).removeprefix("torch.") + (f" with {method}" if method else "")
+    there = ", ".join(f"{name} {_gib(size)}" for name, size in placement.budgets.items())
     raise ConfigurationError(
-        f"Device {device!r} is not available to this PyTorch ({torch.__version__}): it sees {have}."
+        f"Model {source!r} does not fit: its weights are {_gib(need)} as {name}, and there is room for "
+        f"{_gib(placement.budget)} ({there}). {WAYS_OUT} `fastchat-q plan {source}` compares them."
     )
 
 
-def set_threads(threads: int | None) -> None:
-    """Fixes torch's CPU threads: its default of all cores collapses as soon as another process wants one."""
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) - 1))
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
 
 
-def _looks_like_a_folder(source: str) -> bool:
-    """Hub ids are ``name`` or ``owner/name``, and begin with a letter or a digit."""
-    return source.startswith(("/", ".", "~")) or source.count("/") > 1
-
-
-def _pick_dtype(dtype: Dtype, config: Any, device: torch.device) -> torch.dtype:
-    if dtype != "auto":
-        chosen = getattr(torch, dtype)
-        assert isinstance(chosen, torch.dtype)
-        return chosen
-    own = config.get_text_config().dtype or torch.float32
-    return torch.float32 if device.type == "cpu" and own == torch.float16 else own
-
-
-def _context_length(config: Any) -> int | None:
-    """Read from the text config as it stands: on transformers 5 a rope factor is already in it."""
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
+def _input_device(model: PreTrainedModel, placement: Placement) -> torch.device:
+    """Where accelerate wants the inputs of a model that is spread: on the device that computes its first layer."""
+    places = getattr(model, "hf_device_map", None)
+    if not placement.spread or not places:
+        return placement.device
+    first = next((where for where in places.values() if where not in {"cpu", "disk"}), "cpu")
+    return torch.device(placement.device.type, first) if isinstance(first, int) else torch.device(first)
 
 
 def _warn_of_ignored_settings(source: str, model: PreTrainedModel) -> None:
@@ -146,10 +245,11 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
-def _first_line(error: BaseException) -> str:
+def _first_line(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"a JSON file of it is broken: {error}"
     if isinstance(error, KeyError):
         return f"an unknown or missing entry in its configuration: {error}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines) if lines[0].endswith(":") else lines[0]
+    if isinstance(error, ImportError):
+        return f"a package is missing: {hub.first_line(error)}"
+    return config_trouble(error)

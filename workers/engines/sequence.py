@@ -51,6 +51,8 @@ class Language:
     decode: Callable[[list[int]], str]
     guides: Guides
     rules: ModelRules | None = None
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer as its end token does."""
 
 
 @dataclass(slots=True)
@@ -89,7 +91,7 @@ class Sequence:
                     param="logit_bias",
                 )
         self.detokenizer = Detokenizer(language.decode)
-        self.stop = StopMatcher(sampling.stop)
+        self.stop = StopMatcher(sampling.stop if sampling.ignore_eos else (*sampling.stop, *language.stop))
         self.edits = Edits.of(sampling, self.prompt)
         self.guide = language.guides.guided(sampling.guide) if sampling.guide else None
         self.rules = language.rules.row(len(self.prompt), self.limit) if language.rules and not self.guide else None
