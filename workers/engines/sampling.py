@@ -226,7 +226,7 @@ def _invert(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Inverse transform sampling: indices (rows) into weights (rows, tokens), which need not add up to 1."""
     if weights.shape[-1] <= MORE_CANDIDATES:  # where it takes longer
         return _search(weights, u)
-    blocks = functional.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    blocks = functional.pad(weights, (0, -weights.shape[-1] % BLOCK)).reshape(len(weights), -1, BLOCK)
     sums = blocks.sum(-1)  # (rows, blocks)
     block = _search(sums, u)[:, None]
     before = sums.cumsum(-1) - sums
