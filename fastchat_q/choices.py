@@ -61,6 +61,12 @@ class LoadOptions:
         metadata=_help("A family (see models families), a .jinja file or a .toml row. [default: the model's own]"),
     )
     max_model_len: int | None = field(default=None, metadata=_help("Cap the context length. [default: the model's]", 1))
+    kv_memory: str | None = field(
+        default=None,
+        metadata=_help(
+            "Keys and values of all requests, such as 8GiB. [default: 80 % of a GPU's free memory, 25 % of RAM's]"
+        ),
+    )
 
 
 AS_IT_IS = LoadOptions()

@@ -118,15 +118,17 @@ class Guided:
 
 def mask(logits: torch.Tensor, at: Sequence[int], bits: NDArray[np.uint8]) -> None:
     """Sets to -inf what the bits (guided rows, bytes) do not allow, in the rows ``at`` of logits, in place."""
-    device = logits.device
-    packed = to_device(torch.from_numpy(bits), device)  # (guided rows, bytes)
-    shifts = torch.arange(8, dtype=torch.uint8, device=device)
-    forbidden = (packed[:, :, None] >> shifts & 1 == 0).flatten(1)[:, : logits.shape[-1]]
-    if len(at) == len(logits):
-        logits.masked_fill_(forbidden, -torch.inf)
-    else:
-        rows = to_device(torch.tensor(at), device)
-        logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(forbidden, -torch.inf))
+    vocabulary = logits.shape[-1]
+    if logits.device.type == "cpu":  # numpy's unpacking and masking are several times as fast as torch's
+        forbidden = np.unpackbits(~bits, axis=-1, count=vocabulary, bitorder="little").view(np.bool_)
+        array = logits.numpy()
+        for row, ruled_out in zip(at, forbidden, strict=True):
+            np.copyto(array[row], -np.inf, where=ruled_out)
+        return
+    rows, packed = to_device(torch.tensor(at), logits.device), to_device(torch.from_numpy(bits), logits.device)
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    allowed = (packed[:, :, None] >> shifts & 1).bool().flatten(1)[:, :vocabulary]
+    logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(~allowed, -torch.inf))
 
 
 def _grammar(guide: Guide) -> str:

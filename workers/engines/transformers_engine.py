@@ -13,10 +13,9 @@ from fastchat_q.errors import InvalidRequestError
 from fastchat_q.registry import ModelCard
 
 from .base import Ended, Engine, Output, Request
-from .choose import NoWayError, choose_way
+from .choose import NoWayError, choose_way, default_kv_bytes
 from .generate_engine import GenerateEngine
 from .intake import COMPILING_S, FEATURES, Choice, Intake
-from .kv_memory import default_kv_bytes
 from .loading import Loaded
 from .passes import Model, Part, Row
 from .sampling import Sampler
