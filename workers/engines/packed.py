@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 
 from . import attention
-from .attention import Group, PackedStep, packed
+from .attention import Group, PackedStep, Packing
 from .kv import KVStore, Place, Shapes
 from .passes import Model, Part, Piece, Result, Room, Row, Way
 from .prefixes import Prefixes
@@ -48,7 +48,7 @@ class Packed(Way):
         if wanted and len(wanted) < len(ids):
             keep = torch.tensor(wanted, device=self.model.device)
         inputs = part.pieces[0].row.inputs if part.pieces else {}
-        with packed(self.model.config, step) as cache:
+        with Packing(self.model.config, step) as cache:
             logits = self.model(fed[:1], fed[1:], cache, keep=keep, **inputs)
         if step.attended != sum(shape is not None for shape in self._shapes):
             raise attention.NotPackedError("some layers of this model do not attend through the interface")
