@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from .models import served_name
 
-EngineName = Literal["transformers", "echo", "openai", "anthropic", "gemini", "llama-cpp", "vllm"]
+EngineName = Literal["transformers", "vllm", "echo", "openai", "anthropic", "gemini", "llama-cpp"]
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu", "npu"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal[
@@ -61,6 +61,12 @@ class LoadOptions:
         metadata=_help("A family (see models families), a .jinja file or a .toml row. [default: the model's own]"),
     )
     max_model_len: int | None = field(default=None, metadata=_help("Cap the context length. [default: the model's]", 1))
+    kv_memory: str | None = field(
+        default=None,
+        metadata=_help(
+            "Keys and values of all requests, such as 8GiB. [default: 80 % of a GPU's free memory, 25 % of RAM's]"
+        ),
+    )
 
 
 AS_IT_IS = LoadOptions()
@@ -137,7 +143,8 @@ def _words(options: Any) -> Iterator[str]:
         if is_dataclass(value):
             yield from _words(value)
         elif isinstance(value, tuple):
-            yield from (word for one in value for word in (flag(entry.name), one))
+            for one in value:
+                yield from (flag(entry.name), one)
         elif value is True:
             yield flag(entry.name)
         elif value is not None and value is not False:

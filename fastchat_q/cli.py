@@ -120,10 +120,10 @@ def up(
     dtype: InDtype = "auto",
     threads: Threads = None,
     token_delay_ms: TokenDelay = 20.0,
-    engine_arg: EngineArg = None,
     on_demand: OnDemand = False,
     keep_alive: KeepAlive = "5m",
     max_loaded: MaxLoaded = 1,
+    engine_arg: EngineArg = None,
     *,
     load: LoadOptions,
     upstream: UpstreamOptions,
@@ -139,9 +139,8 @@ def up(
     )
     check_exposure(settings)
     first, *more = all_models(model, models)
-    worker = WorkerOptions(
-        first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, tuple(engine_arg or ())
-    )
+    own = tuple(engine_arg or ())
+    worker = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own)
     demand = DemandOptions(tuple(more), on_demand, keep_alive, max_loaded)
     offered = offers(worker, demand)  # what is wrong is said here, and not in a log
     arguments = (*worker.arguments(), *demand.arguments(), "--drain-s", str(settings.drain_s))
@@ -183,10 +182,10 @@ def worker(
     dtype: InDtype = "auto",
     threads: Threads = None,
     token_delay_ms: TokenDelay = 20.0,
-    engine_arg: EngineArg = None,
     on_demand: OnDemand = False,
     keep_alive: KeepAlive = "5m",
     max_loaded: MaxLoaded = 1,
+    engine_arg: EngineArg = None,
     state_dir: StateDir = None,
     redis_url: RedisUrl = None,
     drain_s: DrainS = None,
@@ -206,9 +205,8 @@ def worker(
     settings = load_settings(state_dir=state_dir, redis_url=redis_url, drain_s=drain_s)
     url = settings.resolved_redis_url
     first, *more = all_models(model, models)
-    options = WorkerOptions(
-        first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, tuple(engine_arg or ())
-    )
+    own = tuple(engine_arg or ())
+    options = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own)
     demand = DemandOptions(tuple(more), on_demand, keep_alive, max_loaded)
     offered = offers(options, demand)
     if no_supervise:

@@ -86,7 +86,9 @@ def build_engine(options: WorkerOptions) -> Engine:
         from .engines.adapted import AdaptedEngine
 
         return AdaptedEngine(name, slots, loaded, loaded.adapter)
-    return transformers_engine.build(name, slots, loaded)
+    asked = options.load.kv_memory
+    kv_bytes = devices.parse_bytes(asked, "--kv-memory") if asked is not None else None
+    return transformers_engine.build(name, slots, loaded, kv_bytes)
 
 
 def _vllm(options: WorkerOptions, name: str) -> Engine:

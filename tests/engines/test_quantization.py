@@ -34,6 +34,7 @@ ON_THE_FLY: list[tuple[Quantization, str]] = [
 pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torchao"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # of optimum
 ]
 
 

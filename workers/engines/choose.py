@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from .dense import Dense
+from .devices import free_memory
 from .kv import LayerShape, Shapes
 from .packed import Packed
 from .passes import Model, Piece, Room, Row, RowByRow, Way
@@ -24,6 +25,19 @@ PREFIX_SHARE = 0.25
 TRIAL = ((5, 3), (9, 4))
 """Two rows of the trial: tokens of the prompt, and tokens that are decoded."""
 TRIAL_COLUMNS = 4096
+
+
+CPU_SHARE = 0.25
+"""Of free main memory, for keys and values: the API, Redis and other workers may live on the same machine."""
+DEVICE_SHARE = 0.8
+"""Of free memory of an accelerator once the weights are there: the rest is for what a forward pass needs."""
+LEAST_BYTES = 64 * 2**20
+
+
+def default_kv_bytes(device: torch.device) -> int:
+    """Memory for keys and values when nobody said how much; taken only as requests need it."""
+    share = CPU_SHARE if device.type == "cpu" else DEVICE_SHARE
+    return max(LEAST_BYTES, int(free_memory(device).free * share))
 
 
 class NoWayError(Exception):

@@ -46,7 +46,7 @@ class Dense(Way):
         row.length += len(piece.ids)
         if piece.last:
             self._join(row)
-        return Result([row] if piece.last else [], logits)
+        return Result([row], logits) if piece.last else Result([], logits[:0])
 
     def _decode(self, rows: list[Row]) -> Result:
         rows = sorted(rows, key=lambda row: row.memory.index)

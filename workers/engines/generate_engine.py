@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from fastchat_q.errors import InvalidRequestError
 from fastchat_q.registry import ModelCard
 
 from .base import Ended, Engine, Output, Request
-from .intake import Answers, Choice, Intake
+from .intake import COMPILING_S, FEATURES, Answers, Choice, Intake
 from .loading import Loaded
-from .sampling import sample
+from .sampling import Sampler
 from .trouble import job_error
 
 
@@ -32,12 +33,13 @@ class GenerateEngine(Engine):
             int(time.time()),
             loaded.device.type,
             dtype,
-            features=("n",),
+            features=FEATURES,
             batching="generate",
         )
         super().__init__(card, slots)
         self._loaded = loaded
         self._intake = Intake(loaded)
+        self.sampler = Sampler(self._intake.texts)
         self._waiting: deque[Choice] = deque()
         self._current: Answers | None = None
         self._dropped = False
@@ -60,12 +62,16 @@ class GenerateEngine(Engine):
             self._dropped = True
 
     def wait_s(self) -> float | None:
-        return 0.0 if self._waiting or self._told else None
+        if self._told or any(_is_ready(choice) for choice in self._waiting):
+            return 0.0
+        return COMPILING_S if self._waiting else None
 
     def step(self) -> list[Output]:
         """A whole answer; its tokens go to the sink as they come."""
-        if self._waiting:
-            self._generate(self._waiting.popleft())
+        choice = next((choice for choice in self._waiting if _is_ready(choice)), None)
+        if choice is not None:
+            self._waiting.remove(choice)
+            self._generate(choice)
         outputs, self._told = self._told, []
         return outputs
 
@@ -131,6 +137,14 @@ class GenerateEngine(Engine):
         self.alive()
 
 
+def _is_ready(choice: Choice) -> bool:
+    """Whether it can be generated, if only to find out what is wrong with its grammar."""
+    try:
+        return choice.sequence.ready
+    except InvalidRequestError:
+        return True
+
+
 class _Turn:
     """What the hooks into `generate` share during one answer."""
 
@@ -140,12 +154,12 @@ class _Turn:
 
     def draw(self, logits: torch.Tensor) -> int:
         """The next token, for logits (1, vocabulary) float32; says what it means."""
-        [token] = sample(logits, [self.choice.sequence.draw()])
-        output = self.choice.accept(token)
+        [picked] = self.engine.sampler.pick(logits, [self.choice.sequence])
+        output = self.choice.accept(picked)
         answers = self.choice.answers
         ended = output.ended is not None or (answers.count > 1 and answers.has_ended(self.choice))
         self.over = not self.engine.tell(output) or ended
-        return token
+        return picked.token
 
 
 class _Draw(LogitsProcessor):

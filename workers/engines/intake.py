@@ -2,13 +2,20 @@
 
 from dataclasses import dataclass, field
 
-from fastchat_q.events import Piece, Usage
+from fastchat_q.events import Usage
 
 from .base import Ended, Output, Request
 from .loading import Loaded
 from .rendering import Renderer, token_limit
-from .sequence import Sequence
-from .text import Detokenizer, StopMatcher
+from .rules import ModelRules
+from .sequence import Language, Picked, Sequence
+from .structured import Guides
+from .text import TokenTexts
+
+COMPILING_S = 0.005
+"""How often an engine looks whether a grammar is compiled, when nothing else is to be done."""
+FEATURES = ("n", "sampling", "penalties", "logprobs", "structured_outputs")
+"""What every engine can do that takes its requests in here and draws their tokens with `Sampler`."""
 
 
 @dataclass(eq=False, slots=True)
@@ -25,9 +32,9 @@ class Choice:
         """All tokens so far, the prompt's first."""
         return self.sequence.prompt + self.sequence.ids
 
-    def accept(self, token: int) -> Output:
+    def accept(self, picked: Picked) -> Output:
         """Takes the next token in. The output ends if the job ends."""
-        output = self.sequence.accept(token)
+        output = self.sequence.accept(picked)
         return output if self.answers.count == 1 else self.answers.tell(self, output)
 
 
@@ -53,10 +60,10 @@ class Answers:
         if output.ended is not None:
             finish = output.ended.finish_reason
             self._ended[choice.index] = output.ended
-        pieces = [piece._replace(choice=choice.index) for piece in output.pieces]
+        pieces = output.pieces
         if finish is not None:
-            pieces = [*pieces[:-1], (pieces[-1] if pieces else Piece(choice=choice.index))._replace(finish=finish)]
-        return Output(self.ticket, tuple(pieces), self._end())
+            pieces = (*pieces[:-1], pieces[-1]._replace(finish=finish))
+        return Output(self.ticket, pieces, self._end())
 
     def _end(self) -> Ended | None:
         if len(self._ended) < self.count:
@@ -78,6 +85,10 @@ class Intake:
         self._room = room
         vocabulary = loaded.model.config.get_text_config().vocab_size
         self._renderer = Renderer(loaded.tokenizer, vocabulary, loaded.chat, loaded.adapter)
+        self.texts = TokenTexts(loaded.tokenizer)
+        guides = Guides(loaded.tokenizer, vocabulary, loaded.eos_ids)
+        rules = ModelRules.of(loaded.model)
+        self._language = Language(vocabulary, loaded.eos_ids, self._decode_ids, guides, rules, self._renderer.stop)
 
     def answers(self, request: Request) -> tuple[Answers, Ended | None]:
         """The choices of a job with what they have said already, and its end if that was all.
@@ -94,24 +105,13 @@ class Intake:
         last: Ended | None = None
         for choice in answers.choices:
             for token in request.prior_ids(choice.index):  # its output is known: text and stop state are rebuilt
-                if (ended := choice.accept(token).ended) is not None:
+                if (ended := choice.accept(Picked(token)).ended) is not None:
                     last = ended
                     break
         return answers, last
 
     def _sequence(self, request: Request, prompt: list[int], limit: int, index: int) -> Sequence:
-        sampling = request.job.sampling
-        if index:
-            sampling = sampling.model_copy(update={"seed": (sampling.seed + index + 2**63) % 2**64 - 2**63})
-        return Sequence(
-            ticket=request.ticket,
-            prompt=prompt,
-            limit=limit,
-            sampling=sampling,
-            eos_ids=frozenset() if sampling.ignore_eos else self._loaded.eos_ids,
-            detokenizer=Detokenizer(self._decode_ids),
-            stop=StopMatcher(sampling.stop if sampling.ignore_eos else (*sampling.stop, *self._renderer.stop)),
-        )
+        return Sequence(request.ticket, prompt, limit, request.job.sampling, self._language, index)
 
     def _decode_ids(self, ids: list[int]) -> str:
         text = self._loaded.tokenizer.decode(ids, skip_special_tokens=True)

@@ -36,16 +36,10 @@ WAYS_OUT = (
 
 PROCESSORS: dict[str, object] = {
     "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
     "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
     "min_length": 0,
     "min_new_tokens": None,
-    "sequence_bias": None,
 }
 """Entries of a generation config that change even greedy output, and the values that do nothing."""
 

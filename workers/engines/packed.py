@@ -58,7 +58,8 @@ class Packed(Way):
         for piece in part.pieces:
             piece.row.length += len(piece.ids)
             piece.row.memory.length = piece.row.length
-        return Result([*decode, *(piece.row for piece in part.pieces if piece.last)], logits[0].float())
+        rows = [*decode, *(piece.row for piece in part.pieces if piece.last)]
+        return Result(rows, logits[0, : len(rows)].float())
 
     def reserve(self, row: Row, columns: int, *, prompt: bool = False) -> bool:
         if row.memory is not None:

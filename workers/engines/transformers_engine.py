@@ -9,17 +9,18 @@ import time
 import structlog
 import torch
 
+from fastchat_q.errors import InvalidRequestError
 from fastchat_q.registry import ModelCard
 
 from .base import Ended, Engine, Output, Request
-from .choose import NoWayError, choose_way
+from .choose import NoWayError, choose_way, default_kv_bytes
 from .generate_engine import GenerateEngine
-from .intake import Choice, Intake
-from .kv_memory import default_kv_bytes
+from .intake import COMPILING_S, FEATURES, Choice, Intake
 from .loading import Loaded
 from .passes import Model, Part, Row
-from .sampling import sample
+from .sampling import Sampler
 from .scheduler import Run, Scheduler
+from .sequence import Picked
 from .trouble import job_error
 
 log = structlog.get_logger()
@@ -38,12 +39,14 @@ class TransformersEngine(Engine):
     def __init__(self, name: str, slots: int, loaded: Loaded, kv_bytes: int | None = None) -> None:
         dtype = str(loaded.model.dtype).removeprefix("torch.")
         card = ModelCard(
-            name, "transformers", loaded.context_length, int(time.time()), loaded.device.type, dtype, features=("n",)
+            name, "transformers", loaded.context_length, int(time.time()), loaded.device.type, dtype, features=FEATURES
         )
         super().__init__(card, slots)
         self.way = choose_way(Model(loaded.model, self.alive), kv_bytes or default_kv_bytes(loaded.device))
         self.scheduler = Scheduler(self.way)
         self._intake = Intake(loaded, self.way.room.columns - 1)
+        self._sampler = Sampler(self._intake.texts)
+        self._compiling: list[Choice] = []
         self._tickets: dict[str, list[Run]] = {}
         self._replayed: list[Output] = []  # ends that no forward pass is needed for
         self._warm = loaded.device.type == "cpu"
@@ -59,15 +62,18 @@ class TransformersEngine(Engine):
             new[0].waiting = new[1:]
         for choice in going:
             if choice.sequence.ids or choice is new[0]:
-                self._start(choice)
+                self._compiling.append(choice)
+        self._start_ready(self._replayed)
 
     @torch.inference_mode()
     def drop(self, ticket: str) -> None:
         self._replayed = [output for output in self._replayed if output.ticket != ticket]
-        self.scheduler.leave(self._tickets.pop(ticket, ()))
+        self._forget(ticket)
 
     def wait_s(self) -> float | None:
-        return 0.0 if len(self.scheduler) or self._replayed else None
+        if len(self.scheduler) or self._replayed:
+            return 0.0
+        return COMPILING_S if self._compiling else None
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
@@ -75,6 +81,8 @@ class TransformersEngine(Engine):
         if not self._warm:
             self.busy_for(FIRST_FORWARD_S)
             self._warm = True
+        if self._compiling:
+            self._start_ready(outputs)
         decode, pieces = self.scheduler.plan()
         rows: list[Row] = []
         logits: list[torch.Tensor] = []
@@ -119,31 +127,31 @@ class TransformersEngine(Engine):
             logits = logits[torch.tensor(lines, device=logits.device)]
         everyone = choices + [other for _, other in forks]
         try:
-            tokens = sample(logits, [choice.sequence.draw() for choice in everyone])
+            picks = self._sampler.pick(logits, [choice.sequence for choice in everyone])
         except Exception as error:
             failed = Ended(error=job_error(error))
             for ticket in {choice.answers.ticket for choice in everyone}:
                 self._end(ticket, failed, outputs)
             return
-        for (run, choice), token in zip(forks, tokens[len(runs) :], strict=True):
-            if self._accept(choice, token, outputs):
+        for (run, choice), picked in zip(forks, picks[len(runs) :], strict=True):
+            if self._accept(choice, picked, outputs):
                 self._fork(run, choice)
         gone = []
-        for run, token in zip(runs, tokens, strict=False):
-            if self._accept(run.owner, token, outputs):
-                run.row.last_id = token
+        for run, picked in zip(runs, picks, strict=False):
+            if self._accept(run.owner, picked, outputs):
+                run.row.last_id = picked.token
             else:
                 gone.append(run)
         if gone:
             self.scheduler.leave(gone)
 
-    def _accept(self, choice: Choice, token: int, outputs: list[Output]) -> bool:
+    def _accept(self, choice: Choice, picked: Picked, outputs: list[Output]) -> bool:
         """Takes a token in and tells what it says; False: this choice goes no further."""
         answers = choice.answers
         if answers.ticket not in self._tickets:
             return False  # another choice of the same job failed in this step
         try:
-            output = choice.accept(token)
+            output = choice.accept(picked)
         except Exception as error:  # tokens that this tokenizer cannot decode: its neighbours go on
             self._end(answers.ticket, Ended(error=job_error(error)), outputs)
             return False
@@ -169,13 +177,29 @@ class TransformersEngine(Engine):
         else:
             self.scheduler.submit(new, next_in_line=True)
 
+    def _start_ready(self, outputs: list[Output]) -> None:
+        """Starts what need not wait for its grammar any more."""
+        for choice in list(self._compiling):
+            if choice not in self._compiling:
+                continue  # another choice of its job failed
+            try:
+                if choice.sequence.ready:
+                    self._compiling.remove(choice)
+                    self._start(choice)
+            except InvalidRequestError as error:
+                self._end(choice.answers.ticket, Ended(error=error), outputs)
+
     def _start(self, choice: Choice) -> None:
         run = Run(Row(), choice.tokens(), choice)
         self._tickets.setdefault(choice.answers.ticket, []).append(run)
         self.scheduler.submit(run)
 
-    def _end(self, ticket: str, ended: Ended, outputs: list[Output]) -> None:
+    def _forget(self, ticket: str) -> None:
         self.scheduler.leave(self._tickets.pop(ticket, ()))
+        self._compiling = [choice for choice in self._compiling if choice.answers.ticket != ticket]
+
+    def _end(self, ticket: str, ended: Ended, outputs: list[Output]) -> None:
+        self._forget(ticket)
         outputs.append(Output(ticket, ended=ended))
 
 
