@@ -30,7 +30,7 @@ def test_an_amount_of_memory_is_read_with_its_unit(text: str, size: int) -> None
 
 @pytest.mark.parametrize("text", ["", "lots", "20 G", "-1GiB", "1GiB2"])
 def test_what_is_no_amount_is_refused_with_the_option(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="--max-gpu-memory .* is no amount of memory"):
+    with pytest.raises(ConfigurationError, match=r"--max-gpu-memory .* is no amount of memory"):
         parse_bytes(text, "--max-gpu-memory")
 
 
