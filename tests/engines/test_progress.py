@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 
 import pytest
 from fastchat_q.workers.engines.loading import load
@@ -55,6 +56,7 @@ def test_log_lines_go_where_there_is_no_terminal_and_no_bars() -> None:
 
 def test_a_terminal_gets_a_bar() -> None:
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))  # a bar is as wide as its terminal
     with subprocess.Popen([sys.executable, "-c", CODE], stderr=theirs, stdout=subprocess.PIPE) as process:
         os.close(theirs)
         drawn = b""
