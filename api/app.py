@@ -7,7 +7,7 @@ from fastapi.openapi.utils import get_openapi
 
 from fastchat_q import __version__
 
-from . import chat, jobs, models, problems
+from . import chat, embeddings, jobs, models, problems, rerank
 from .auth import required_scope
 from .guard import Guard
 from .service import Service
@@ -21,6 +21,8 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     for router in (
         chat.router,
+        embeddings.router,
+        rerank.router,
         jobs.router,
         models.router,
     ):  # include_router would match every request twice: 15 % of its cost

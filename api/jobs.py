@@ -63,13 +63,16 @@ async def stream_job(
         service.relay.leave(stream, service.settings.disconnect_grace_s)
 
     try:
+        view = View.from_json(stream.view)
+        if view.kind != "chat":
+            raise InvalidRequestError("Only chats have events. Send the request again with its Idempotency-Key.")
         first = await stream.take(service.settings.queue_comment_after_s)
         if first and isinstance(first[0], End) and first[0].reason == INVALID_EVENT_ID:
             raise_if_failed(first[0])
     except BaseException:
         leave()
         raise
-    chunks = sse(stream, first, ChunkWriter(View.from_json(stream.view), after))
+    chunks = sse(stream, first, ChunkWriter(view, after))
     return JobStreamResponse(stream, leave, chunks, {"x-job-id": job_id}, service.settings.drain_s)
 
 

@@ -86,10 +86,13 @@ def invalid_request(detail: Mapping[str, Any]) -> InvalidRequestError:
         reason = detail.get("ctx", {}).get("error", "")
         return InvalidRequestError(f"We could not parse the JSON body of your request: {reason}.", code="invalid_json")
     if kind == "extra_forbidden":
+        path = _path(detail["loc"][:-1], detail["loc"][-1])
         return InvalidRequestError(f"Unknown parameter: '{path}'.", param=path, code="unknown_parameter")
     if kind == "unsupported_parameter":
-        name = f"{path}.{detail['ctx']['name']}" if path else detail["ctx"]["name"]
-        message = f"Unsupported parameter: '{name}' is not supported by this server. Leave it out."
+        name = _path(detail["loc"], detail["ctx"]["name"])
+        instead = detail["ctx"]["instead"]
+        way_out = f"Send '{instead}' instead." if instead else "Leave it out."
+        message = f"Unsupported parameter: '{name}' is not supported by this server. {way_out}"
         return InvalidRequestError(message, param=name, code="unsupported_parameter")
     if kind == "missing":
         if not path:
@@ -97,23 +100,28 @@ def invalid_request(detail: Mapping[str, Any]) -> InvalidRequestError:
         return InvalidRequestError(
             f"Missing required parameter: '{path}'.", param=path, code="missing_required_parameter"
         )
+    value = detail.get("input")
+    if kind == "field":  # found by a validator of the whole object
+        path, value = _path(detail["loc"], detail["ctx"]["name"]), detail["ctx"]["given"]
     if not path:
         return InvalidRequestError(f"Invalid request: {detail['msg']}")
-    given = _short(detail.get("input"))
-    return InvalidRequestError(
-        f"Invalid value for '{path}': {detail['msg']} (given: {given}).", param=path, code="invalid_value"
-    )
+    given = "" if value is None and kind == "field" else f" (given: {_short(value)})"
+    return InvalidRequestError(f"Invalid value for '{path}': {detail['msg']}{given}.", param=path, code="invalid_value")
 
 
-def _path(location: tuple[Any, ...]) -> str:
-    """('body', 'messages', 0, 'content', 'str') -> messages[0].content; union branches are not part of a path."""
+BRANCHES = ("constrained-", "dict[", "function-", "list[", "literal[", "nullable[")
+"""How pydantic spells branches of unions, beside "str" and the names of classes; they are not part of a path."""
+
+
+def _path(location: Sequence[int | str], last: str = "") -> str:
+    """('body', 'messages', 0, 'content', 'str') -> messages[0].content; ``last`` is added as it is."""
     path = ""
     for part in location[1:] if location[:1] == ("body",) else location:
         if isinstance(part, int):
             path += f"[{part}]" if path else ""
-        elif part != "str" and not part.startswith(("constrained-", "function-", "list[")):
+        elif part != "str" and not part.startswith(BRANCHES) and not part[:1].isupper():
             path += f".{part}" if path else part
-    return path
+    return f"{path}.{last}" if path and last else path or last
 
 
 def _short(value: Any) -> str:

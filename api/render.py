@@ -1,4 +1,7 @@
-"""Events become OpenAI's bytes. The frame of a stream's chunks is encoded once; a token costs one string encoding."""
+"""Events become OpenAI's bytes. The frame of a stream's chunks is encoded once; a token costs one string encoding.
+
+That is for plain tokens; what is more (choices, tool calls, reasoning, log probabilities) goes through ``parts``.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +9,11 @@ from typing import Any, Self
 
 import orjson
 
-from fastchat_q.events import Delta, End, Event, Result
-from fastchat_q.jobs import Lane
+from fastchat_q.events import Delta, End, Event, Piece, Result, merged
+from fastchat_q.jobs import Kind, Lane
 from fastchat_q.versions import known_fields
+
+from . import parts
 
 SERVICE_TIERS: dict[Lane, str] = {"hi": "default", "lo": "flex"}
 ENDING_IDS = 3
@@ -30,6 +35,9 @@ class View:
     """Unix seconds."""
     lane: Lane
     include_usage: bool = False
+    kind: Kind = "chat"
+    n: int = 1
+    """How many choices there are."""
 
     def to_json(self) -> str:
         """JSON for the job record."""
@@ -48,24 +56,27 @@ class View:
 
 def completion(view: View, events: Sequence[Event], end: End) -> dict[str, Any]:
     """The ``chat.completion`` object of a job that succeeded."""
-    text = "".join(piece.text for event in events if isinstance(event, Delta) for piece in event.pieces)
+    pieces = [piece for event in events if isinstance(event, Delta) for piece in event.pieces]
+    said = {piece.choice: piece for piece in merged(pieces)} if pieces else {}
     result = end.result
     return {
         "id": view.completion_id,
         "object": "chat.completion",
         "created": view.created,
         "model": view.model,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": text, "refusal": None, "annotations": []},
-                "logprobs": None,
-                "finish_reason": result.finish_reason if result else "stop",
-            }
-        ],
+        "choices": [_choice(index, said.get(index, Piece()), result) for index in range(view.n)],
         "usage": usage(result),
         "service_tier": SERVICE_TIERS[view.lane],
         "system_fingerprint": None,
+    }
+
+
+def _choice(index: int, piece: Piece, result: Result | None) -> dict[str, Any]:
+    return {
+        "index": index,
+        "message": parts.message(piece),
+        "logprobs": parts.logprobs(piece.logprobs),
+        "finish_reason": piece.finish or (result and result.finish_reason) or "stop",
     }
 
 
@@ -79,7 +90,8 @@ class ChunkWriter:
 
     Each carries ``id: <n>``, n tokens so far, with which a client that was cut off goes on. What follows the last of N
     tokens has the ids N + 1 (finish reason), N + 2 (usage) and N + 3 ([DONE]). An error has none: who comes back after
-    it goes on behind its last token, though the job was given another life meanwhile.
+    it goes on behind its last token, though the job was given another life meanwhile. Of an entry that makes several
+    chunks see ``parts``. Where there are several choices each has had its finish reason when the job ends.
 
     Args:
         after: the id of the last event that the client has; None: it has none yet.
@@ -97,42 +109,58 @@ class ChunkWriter:
             }
         )[:-1]
         self._after = after
+        self._n = view.n
         self._usage_field = b',"usage":null' if view.include_usage else b""
         self._include_usage = view.include_usage
         self._content_open = b"\ndata: " + self._head + b',"choices":[{"index":0,"delta":{"content":'
         self._content_close = b'},"logprobs":null,"finish_reason":null}]' + self._usage_field + b"}\n\n"
 
     def role(self) -> bytes:
-        """The first chunk; nothing for a client that has it."""
+        """The first chunk, one for each choice; nothing for a client that has it."""
         if self._after is not None:
             return b""
-        return _event(0, self._chunk({"role": "assistant", "content": "", "refusal": None}, None))
+        roles = [
+            self._chunk([parts.choice(index, {"role": "assistant", "content": "", "refusal": None})])
+            for index in range(self._n)
+        ]
+        # Only the last has the id, so that who was cut off between them begins again and gets all of them.
+        return b"".join([b"data: %b\n\n" % role for role in roles[:-1]]) + _event(0, roles[-1])
 
     def events(self, events: Sequence[Event]) -> bytes:
         """The chunks of some events: text that came together goes out together."""
         last = events[-1]
-        deltas = events[:-1] if isinstance(last, End) else events
-        text = "".join([piece.text for event in deltas for piece in event.pieces])  # type: ignore[union-attr]
-        body = b""
-        if text:
-            body = b"id: %d" % deltas[-1].n + self._content_open + orjson.dumps(text) + self._content_close
-        return body + self._end(last) if isinstance(last, End) else body
+        end = last if isinstance(last, End) else None
+        deltas: Sequence[Delta] = events if end is None else events[:-1]  # type: ignore[assignment]
+        said = [delta.pieces[0].text for delta in deltas if delta.is_plain]
+        if len(said) < len(deltas):
+            body = b"".join([self.events([delta]) if delta.is_plain else self._rich(delta) for delta in deltas])
+        else:
+            text, body = "".join(said), b""
+            if text:
+                body = b"id: %d" % deltas[-1].n + self._content_open + orjson.dumps(text) + self._content_close
+        return body if end is None else body + self._end(end)
+
+    def _rich(self, delta: Delta) -> bytes:
+        after = self._after or 0
+        return b"".join([_event(n, self._chunk(choices)) for n, choices in parts.chunks(delta) if n > after])
 
     def _end(self, end: End) -> bytes:
         error = end.error()
         if error is not None:
             return b"data: %b\n\n" % orjson.dumps(error.body())  # no [DONE] follows: the answer is not whole
         result = end.result
-        parts = [(end.n + 1, self._chunk({}, result.finish_reason if result else "stop"))]
+        closing = []
+        if self._n == 1:
+            finish = result.finish_reason if result else "stop"
+            closing.append((end.n + 1, self._chunk([parts.choice(0, {}, finish)])))
         if self._include_usage:
             counts = orjson.dumps(usage(result))
-            parts.append((end.n + 2, self._head + b',"choices":[],"usage":' + counts + b"}"))
-        parts.append((end.n + ENDING_IDS, b"[DONE]"))
-        return b"".join([_event(n, data) for n, data in parts if self._after is None or n > self._after])
+            closing.append((end.n + 2, self._head + b',"choices":[],"usage":' + counts + b"}"))
+        closing.append((end.n + ENDING_IDS, b"[DONE]"))
+        return b"".join([_event(n, data) for n, data in closing if self._after is None or n > self._after])
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None) -> bytes:
-        choice = orjson.dumps({"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason})
-        return self._head + b',"choices":[' + choice + b"]" + self._usage_field + b"}"
+    def _chunk(self, choices: list[dict[str, Any]]) -> bytes:
+        return self._head + b',"choices":' + orjson.dumps(choices) + self._usage_field + b"}"
 
 
 def _event(n: int, data: bytes) -> bytes:

@@ -1,141 +1,145 @@
-"""OpenAI's request shapes, and the one way from a request to a job. What is not honoured is refused by name."""
+"""OpenAI's chat request, and the one way from it to a job. What is not honoured is refused by name."""
 
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 from ulid import ULID
 
-from fastchat_q.jobs import Job, Lane, Message, Role, Sampling
+from fastchat_q.jobs import MAX_CHOICES, MAX_TOP_LOGPROBS, Job, Lane, Sampling
+
+from .fields import JsonObject, Strict, Text, field_error, without_neutral
+from .formats import ResponseFormat, StructuredOutputs
+from .media import Images
+from .messages import ChatMessage
+from .tools import NamedTool, Tool
 
 MAX_STOP = 4
 MAX_STOP_LENGTH = 1024
-ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+MAX_STOP_TOKENS = 256
+MAX_TOOLS = 128
+MAX_TOKEN_ID = 2**31 - 1
 LANES: dict[str | None, Lane] = {"flex": "lo"}
+TEMPLATE_OWN = frozenset(
+    (
+        *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents"),
+        *("max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors"),
+        *("tokenize", "tokenizer_kwargs", "tools", "truncation"),
+    )
+)
+"""Arguments of a chat template's renderer that are the server's to set."""
 
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (None, True),
+    "allowed_token_ids": (None,),
     "audio": (None,),
+    "bad_words": (None, []),
     "best_of": (None, 1),
-    "frequency_penalty": (None, 0),
+    "chat_template": (None,),
+    "continue_final_message": (None, False),
+    "documents": (None,),
+    "echo": (None, False),
     "function_call": (None, "none", "auto"),
     "functions": (None, []),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "min_p": (None, 0),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "include_reasoning": (None, True),
+    "include_stop_str_in_output": (None, False),
+    "length_penalty": (None, 1),
     "modalities": (None, ["text"]),
-    "n": (None, 1),
-    "parallel_tool_calls": (None, True, False),
+    "moderation": (None,),
     "prediction": (None,),
-    "presence_penalty": (None, 0),
-    "reasoning_effort": (None,),
-    "repetition_penalty": (None, 1),
-    "response_format": (None, {"type": "text"}),
+    "priority": (None, 0),
+    "prompt_logprobs": (None,),
+    "skip_special_tokens": (None, True),
+    "spaces_between_special_tokens": (None, True),
     "store": (None, False),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-    "top_k": (None, 0, -1),
-    "top_logprobs": (None, 0),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
     "verbosity": (None,),
     "web_search_options": (None,),
 }
 """Parameters of OpenAI and vLLM that this version does not implement, and the values that ask for nothing."""
-
-
-NOT_SUPPORTED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
-    "annotations": (None, []),
-    "audio": (None,),
-    "function_call": (None,),
-    "reasoning_content": (None,),
-    "refusal": (None,),
-    "tool_calls": (None, []),
+INSTEAD = {
+    "function_call": "tool_choice",
+    "functions": "tools",
+    "guided_choice": "structured_outputs",
+    "guided_grammar": "structured_outputs",
+    "guided_json": "structured_outputs",
+    "guided_regex": "structured_outputs",
 }
-"""Fields of an answer's message that clients send back with it in the next turn, and the values that say nothing."""
+
+StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 
 
-def _without_neutral(data: Any, table: dict[str, tuple[Any, ...]]) -> Any:
-    """The object without the table's fields; refuses those that ask for something."""
-    if not isinstance(data, dict):
-        return data
-    for name, neutral in table.items():
-        if name in data and data[name] not in neutral:
+def _token_biases(value: Any) -> Any:
+    """``{"50256": -100}``: keys are token ids, as JSON has them."""
+    for key in value if isinstance(value, dict) else ():
+        if not (isinstance(key, str) and key.isascii() and key.isdecimal() and int(key) <= MAX_TOKEN_ID):
             raise PydanticCustomError(
-                "unsupported_parameter",
-                "'{name}' is not supported by this server",
-                {"name": name},
+                "token_id", "Keys should be token ids, such as '50256', and not {key}", {"key": repr(key)[:80]}
             )
-    return {name: value for name, value in data.items() if name not in table}
+        bias = value[key]
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise PydanticCustomError(
+                "bias", "The bias of token {key} should be a number from -100 to 100", {"key": key}
+            )
+    return value
 
 
-def _is_unicode(text: str) -> str:
-    """Refuses lone surrogates, which JSON can spell and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise PydanticCustomError("string_unicode", "Input should be valid Unicode, without lone surrogates") from error
-    return text
-
-
-Text = Annotated[str, AfterValidator(_is_unicode)]
-
-
-class _Request(BaseModel):
-    # Strict: "5" is no number and true is no count, as in OpenAI's API.
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
-
-
-class TextPart(_Request):
-    """A text part of a message's content."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class ChatMessage(_Request):
-    """A message of the conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
-    name: Text | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_is_not_supported(cls, data: Any) -> Any:
-        return _without_neutral(data, NOT_SUPPORTED_IN_MESSAGES)
-
-    def to_message(self) -> Message:
-        """The turn as a chat template takes it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message(role=ROLES[self.role], content=text, name=self.name)
-
-
-class StreamOptions(_Request):
+class StreamOptions(Strict):
     """Options of a streamed answer."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class ChatRequest(_Request):
+class ChatRequest(Strict):
     """The body of ``POST /v1/chat/completions``."""
 
     model: str = Field(min_length=1, max_length=256)
     messages: list[ChatMessage] = Field(min_length=1)
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     temperature: float | None = Field(default=None, ge=0.0, le=2.0)
     top_p: float | None = Field(default=None, ge=0.0, le=1.0)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    presence_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
+    frequency_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_token_biases)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]], Field(max_length=MAX_STOP)]
-        | None
-    ) = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKEN_ID)
+    """Extension, as in vLLM: draw from so many tokens only; 0 and -1: from all."""
+    min_p: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Extension, as in vLLM: draw from tokens that are at least so likely, relative to the likeliest."""
+    repetition_penalty: float | None = Field(default=None, gt=0.0, le=10.0)
+    """Extension, as in vLLM."""
+    min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
+    """Extension, as in vLLM: nothing ends the answer before so many."""
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    """Extension, as in vLLM."""
     ignore_eos: bool = False
     """Extension, as in vLLM: go on until max_tokens."""
-    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    """Extension, as in vLLM."""
+    chat_template_kwargs: JsonObject | None = None
+    """Extension, as in vLLM: for the model's chat template, such as ``{"enable_thinking": false}``."""
+    service_tier: Literal["auto", "default", "flex", "priority", "scale", "fast"] | None = None
     """``flex`` waits in the batch lane; the others in the interactive one."""
     on_disconnect: Literal["cancel", "continue"] = "cancel"
     """Extension: what becomes of the job when the client goes and does not come back. ``continue``: it is done all the
@@ -143,15 +147,17 @@ class ChatRequest(_Request):
     user: Text | None = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
+    prompt_cache_retention: Text | None = None
+    prompt_cache_options: JsonObject | None = None
     metadata: dict[Text, Text] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_is_not_supported(cls, data: Any) -> Any:
-        return _without_neutral(data, NOT_SUPPORTED)
+        return without_neutral(data, NOT_SUPPORTED, INSTEAD)
 
     @model_validator(mode="after")
-    def _agree_on_one_limit(self) -> Self:
+    def _agrees_with_itself(self) -> Self:
         both = self.max_tokens is not None and self.max_completion_tokens is not None
         if both and self.max_tokens != self.max_completion_tokens:
             raise PydanticCustomError(
@@ -159,23 +165,83 @@ class ChatRequest(_Request):
             )
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("stream_options", "'stream_options' is only allowed when 'stream' is true.", {})
+        if self.top_logprobs is not None and not self.logprobs:
+            raise field_error("top_logprobs", "It is only allowed when 'logprobs' is true", self.top_logprobs)
+        limit = self.max_completion_tokens or self.max_tokens
+        if limit is not None and (self.min_tokens or 0) > limit:
+            raise field_error("min_tokens", f"It is more than the limit of {limit} tokens", self.min_tokens)
+        guided = self.response_format is not None and self.response_format.type != "text"
+        if guided and self.structured_outputs is not None:
+            raise field_error("structured_outputs", "'response_format' says already what the answer must look like")
+        taken = sorted(TEMPLATE_OWN & (self.chat_template_kwargs or {}).keys())
+        if taken:
+            raise field_error("chat_template_kwargs", f"{taken[0]!r} is the server's to set")
+        self._check_tool_choice()
         return self
 
-    def to_job(self) -> Job:
-        """One frozen job with a new id. An absent seed is drawn here, so that a resumed job draws the same tokens."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        sampling = Sampling(
-            max_tokens=self.max_completion_tokens or self.max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else max(self.top_p, 1e-6),
-            seed=secrets.randbits(63) if self.seed is None else self.seed,
-            stop=stop,
-            ignore_eos=self.ignore_eos,
-        )
+    def _check_tool_choice(self) -> None:
+        choice = self.tool_choice
+        names = [tool.function.name for tool in self.tools or ()]
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise field_error("tool_choice", "No function of that name is among 'tools'", choice.function.name)
+        if choice == "required" and not names:
+            raise field_error("tool_choice", "It is only allowed when 'tools' are specified", choice)
+
+    def spelt(self) -> Mapping[str, str]:
+        """Parameters that have other names here than in a job."""
+        return {} if self.structured_outputs is None else {"response_format": "structured_outputs"}
+
+    def to_job(self, images: Images) -> Job:
+        """One frozen job with a new id. An absent seed is drawn here, so that a resumed job draws the same tokens.
+
+        Args:
+            images: gets the bytes of the images that the job names.
+
+        Raises:
+            InvalidRequestError: an image cannot be taken.
+        """
+        choice = self.tool_choice
         return Job(
             id=str(ULID()),
             model=self.model,
             lane=LANES.get(self.service_tier, "hi"),
-            messages=tuple(message.to_message() for message in self.messages),
-            sampling=sampling,
+            messages=tuple(
+                [message.to_message(images, f"messages[{number}]") for number, message in enumerate(self.messages)]
+            ),
+            sampling=self._sampling(),
+            tools=tuple([tool.to_object() for tool in self.tools or ()]),
+            tool_choice=f"function:{choice.function.name}" if isinstance(choice, NamedTool) else choice or "auto",
+            parallel_tool_calls=self.parallel_tool_calls is not False,
+            template_kwargs=self._template_kwargs(),
         )
+
+    def _sampling(self) -> Sampling:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        guide = self.structured_outputs or self.response_format
+        asked = {
+            "max_tokens": self.max_completion_tokens or self.max_tokens,
+            "min_tokens": self.min_tokens,
+            "temperature": self.temperature,
+            "top_p": None if self.top_p is None else max(self.top_p, 1e-6),
+            "top_k": None if self.top_k is None else max(self.top_k, 0),
+            "min_p": self.min_p,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": self.logit_bias,
+            "seed": secrets.randbits(63) if self.seed is None else self.seed,
+            "stop": stop,
+            "stop_token_ids": self.stop_token_ids,
+            "ignore_eos": self.ignore_eos,
+            "n": self.n,
+            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+            "guide": guide.to_guide() if guide is not None else None,
+        }
+        return Sampling.model_validate({name: value for name, value in asked.items() if value is not None})
+
+    def _template_kwargs(self) -> dict[str, Any]:
+        kwargs = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None:
+            kwargs["reasoning_effort"] = self.reasoning_effort
+            kwargs.setdefault("enable_thinking", self.reasoning_effort != "none")
+        return kwargs

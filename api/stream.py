@@ -16,6 +16,7 @@ from fastchat_q.events import Delta, End, Event, Piece, Result, Usage, encode_pa
 from fastchat_q.jobs import Job
 from fastchat_q.queue import LogEntry, Terms
 
+from .parts import is_inside
 from .render import ENDING_IDS
 
 INVALID_EVENT_ID = "invalid_event_id"
@@ -98,7 +99,7 @@ class JobStream:
         if isinstance(event, Delta):
             if event.n <= self.seen:
                 return True
-            if event.n - event.k != self.seen:
+            if event.n - event.k != self.seen and not (self.seen == self.start and is_inside(event, self.seen)):
                 return False
             self.seen = event.n
             if self.submission is not None:

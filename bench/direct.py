@@ -32,9 +32,13 @@ class OneModel(Catalog):
     def __init__(self, name: str) -> None:
         self._card = ModelCard(name, "direct", None, 0)
         self._workers, self._known, self._slots, self._trouble = {}, {name}, {}, {}
+        self._awaited, self._aliases = {}, {}
 
     def card(self, model: str) -> ModelCard | None:
         return self._card if model == self._card.name else None
+
+    def can_be_asked(self, model: str) -> bool:
+        return model == self._card.name
 
     async def refresh(self) -> None:
         pass

@@ -30,7 +30,8 @@ LEVELS = (1, 8, 32, 64)
 TOKENS = 64
 PROMPT = " ".join(f"word{n}" for n in range(20))
 NAME = "llama"
-BOOT_S = 180.0
+BOOT_S = 400.0
+VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """Beside a load generator and servers on two cores, a second torch thread makes every engine slower."""
 
@@ -62,9 +63,10 @@ def fastchat_q(engine: str, python: str, model: Path, logs: Path) -> Iterator[Se
     with ExitStack() as stack:
         stand = stack.enter_context(front(logs))
         flags = ["--engine", engine, "--model", str(model), "--name", NAME, "--redis-url", stand.url]
-        flags += ["--slots", str(max(LEVELS))]
+        flags += ["--slots", str(max(LEVELS)), "--dtype", "float32"]
         command = (python, *CLI[1:], "worker", *flags)
-        stack.enter_context(started(*command, log=logs / f"worker-{engine}.log", **ONE_THREAD))
+        environment = VLLM if engine == "vllm" else ONE_THREAD
+        stack.enter_context(started(*command, log=logs / f"worker-{engine}.log", **environment))
         wait(lambda: NAME in models(stand.port), f"fastchat-q with {engine}", BOOT_S)
         yield Served(f"http://127.0.0.1:{stand.port}", NAME, {"ignore_eos": True, "temperature": 0})
 
@@ -111,8 +113,9 @@ def vllm_serve(python: str, model: Path, logs: Path) -> Iterator[Served]:
     """vLLM's own server."""
     port = free_port()
     flags = ("--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME, "--dtype", "float32")
-    command = (str(Path(python).with_name("vllm")), "serve", str(model), *flags, "--max-num-seqs", str(max(LEVELS)))
-    with started(*command, log=logs / "vllm.log", VLLM_CPU_KVCACHE_SPACE="1"):
+    module = (python, "-m", "vllm.entrypoints.openai.api_server")  # its command asks for a package of another name
+    command = (*module, "--model", str(model), *flags, "--max-num-seqs", str(max(LEVELS)))
+    with started(*command, log=logs / "vllm.log", **VLLM):
         wait(lambda: answers(f"http://127.0.0.1:{port}/health"), "vllm serve", BOOT_S)
         yield Served(f"http://127.0.0.1:{port}", NAME, {"ignore_eos": True, "temperature": 0})
 

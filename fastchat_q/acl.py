@@ -46,7 +46,7 @@ REGISTRY = (keys.worker("*"), keys.WORKERS, keys.MODELS)
 RULES: dict[Role, Rules] = {
     "api": Rules(
         write=(JOBS, keys.api_server("*"), keys.rate_limit("*"), keys.idempotent_model("*", "*")),
-        read=(*REGISTRY, keys.api_key("*"), keys.API_KEYS, keys.PEPPER),
+        read=(*REGISTRY, keys.ALIASES, keys.api_key("*"), keys.API_KEYS, keys.PEPPER),
         channels=EVENTS,
         commands=(*PROCESS, "+info"),  # it looks whether Redis keeps what it accepts
     ),

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-EngineName = Literal["transformers", "echo"]
+from .models import served_name
+
+EngineName = Literal["transformers", "vllm", "echo", "openai", "anthropic", "gemini", "llama-cpp"]
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu", "npu"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal[
@@ -54,11 +56,36 @@ class LoadOptions:
     allow_pickle: bool = field(
         default=False, metadata=_help("Take pickled weights, which can run code, where no safetensors are.")
     )
+    chat_template: str | None = field(
+        default=None,
+        metadata=_help("A family (see models families), a .jinja file or a .toml row. [default: the model's own]"),
+    )
     max_model_len: int | None = field(default=None, metadata=_help("Cap the context length. [default: the model's]", 1))
+    kv_memory: str | None = field(
+        default=None,
+        metadata=_help(
+            "Keys and values of all requests, such as 8GiB. [default: 80 % of a GPU's free memory, 25 % of RAM's]"
+        ),
+    )
 
 
 AS_IT_IS = LoadOptions()
 """Nothing asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamOptions:
+    """The server that a forwarding engine asks."""
+
+    base_url: str | None = field(
+        default=None, metadata=_help("Forwarding engines: the server, such as http://host/v1.")
+    )
+    api_key_env: str | None = field(
+        default=None, metadata=_help("Forwarding engines: the environment variable that holds the server's key.")
+    )
+
+
+NO_UPSTREAM = UpstreamOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +101,40 @@ class WorkerOptions:
     threads: int | None
     token_delay_ms: float
     load: LoadOptions = AS_IT_IS
+    upstream: UpstreamOptions = NO_UPSTREAM
+    engine_arg: tuple[str, ...] = ()
+    """Of vLLM's own options, as ``key=value``."""
+
+    @property
+    def served_as(self) -> str:
+        """The name clients use."""
+        return self.name or served_name(self.model)
 
     def arguments(self) -> list[str]:
         """The command line that says the same."""
         return list(_words(self))
+
+
+@dataclass(frozen=True, slots=True)
+class DemandOptions:
+    """Which further models a worker is told to serve, and when they come and go."""
+
+    more: tuple[str, ...] = ()
+    """Beside the one of `WorkerOptions`; each may be ``NAME=MODEL``."""
+    on_demand: bool = False
+    keep_alive: str = "5m"
+    max_loaded: int = 1
+
+    @property
+    def applies(self) -> bool:
+        """Whether models are loaded on demand."""
+        return self.on_demand or bool(self.more)
+
+    def arguments(self) -> list[str]:
+        """The command line that says the same."""
+        words = [word for model in self.more for word in ("--model", model)]
+        words += ["--on-demand"] if self.on_demand else []
+        return [*words, "--keep-alive", self.keep_alive, "--max-loaded", str(self.max_loaded)]
 
 
 def _words(options: Any) -> Iterator[str]:
@@ -85,6 +142,9 @@ def _words(options: Any) -> Iterator[str]:
         value = getattr(options, entry.name)
         if is_dataclass(value):
             yield from _words(value)
+        elif isinstance(value, tuple):
+            for one in value:
+                yield from (flag(entry.name), one)
         elif value is True:
             yield flag(entry.name)
         elif value is not None and value is not False:

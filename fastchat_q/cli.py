@@ -2,13 +2,14 @@
 
 import sys
 import time
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from . import __version__, cli_dead, cli_jobs, cli_keys, cli_queue
-from .choices import Device, Dtype, EngineName, LoadOptions, WorkerOptions
-from .cli_common import EXIT_USAGE, AsJson, RedisUrl, StateDir, load_settings, with_options
+from . import __version__, cli_dead, cli_jobs, cli_keys, cli_models, cli_queue
+from .choices import DemandOptions, Device, Dtype, EngineName, LoadOptions, UpstreamOptions, WorkerOptions
+from .cli_common import EXIT_USAGE, AsJson, RedisUrl, StateDir, load_settings, parse_duration, with_options
 from .errors import ConfigurationError
 
 app = typer.Typer(
@@ -23,15 +24,29 @@ app.add_typer(cli_keys.app)
 app.add_typer(cli_jobs.app)
 app.add_typer(cli_dead.app)
 app.add_typer(cli_queue.app)
+app.add_typer(cli_models.app)
 
 Host = Annotated[str | None, typer.Option("--host", help="Address to listen on. [default: 127.0.0.1]")]
 Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="[default: 8000]")]
 NoAuth = Annotated[bool, typer.Option("--no-auth", help="Ask for no key; on loopback addresses only.")]
 DrainS = Annotated[float | None, typer.Option("--drain-s", min=0, help="Seconds running work may take on SIGTERM.")]
-Model = Annotated[str, typer.Option("--model", help="tiny, a local folder, or a Hugging Face hub id.")]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        help="tiny, a folder, a hub id; of another server its name there. Several: each is loaded when a job comes; "
+        "NAME=MODEL names one. [default: tiny]",
+    ),
+]
+ModelList = Annotated[str | None, typer.Option("--models", metavar="A,B,…", help="The same as several --model.")]
+OnDemand = Annotated[bool, typer.Option("--on-demand", help="Load the model when a job comes, one model too.")]
+KeepAlive = Annotated[
+    str, typer.Option("--keep-alive", help="On demand: unload what was not used for so long; -1: never, 0: at once.")
+]
+MaxLoaded = Annotated[int, typer.Option("--max-loaded", min=1, help="On demand: models in memory at a time.")]
 Name = Annotated[str | None, typer.Option("--name", help="The name clients use. [default: the model's]")]
 Engine = Annotated[EngineName, typer.Option("--engine", help="echo has no model: it repeats the question.")]
-Slots = Annotated[int | None, typer.Option("--slots", min=1, help="Jobs at a time. [default: 16; echo 64]")]
+Slots = Annotated[int | None, typer.Option("--slots", min=1, help="Jobs at a time. [default: by engine]")]
 OnDevice = Annotated[Device, typer.Option("--device", help="auto: the first accelerator, else the CPU.")]
 InDtype = Annotated[Dtype, typer.Option("--dtype", help="auto: the checkpoint's own.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of torch. [default: cores - 1]")]
@@ -39,7 +54,36 @@ NoSupervise = Annotated[
     bool, typer.Option("--no-supervise", help="Run the engine in this process; something else starts it again.")
 ]
 WorkerId = Annotated[str | None, typer.Option("--id", hidden=True)]
+EngineArg = Annotated[
+    list[str] | None, typer.Option("--engine-arg", help="An option of vLLM's own, as key=value; may be repeated.")
+]
 TokenDelay = Annotated[float, typer.Option("--token-delay-ms", min=0, help="Pace of the echo engine.")]
+
+
+def all_models(several: list[str] | None, listed: str | None) -> list[str]:
+    """What ``--model`` and ``--models`` name, or the built-in model."""
+    return [*(several or ()), *(word.strip() for word in (listed or "").split(",") if word.strip())] or ["tiny"]
+
+
+def offers(options: WorkerOptions, demand: DemandOptions) -> list[WorkerOptions]:
+    """The options of each model that a worker is to serve.
+
+    Raises:
+        ConfigurationError: they cannot be told apart, or the duration is none.
+    """
+    from .models import named
+
+    parse_duration(demand.keep_alive)
+    if options.name and demand.more:
+        raise ConfigurationError("--name is for one model. Name each of several so: --model NAME=MODEL.")
+    found = [
+        replace(options, model=model, name=name or options.name)
+        for name, model in map(named, (options.model, *demand.more))
+    ]
+    names = [offer.served_as for offer in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigurationError(f"Several models are called {', '.join(twice)}. Name each: --model NAME=MODEL.")
+    return found
 
 
 def version(value: bool) -> None:
@@ -59,7 +103,7 @@ def root(
 
 
 @app.command()
-@with_options(LoadOptions)
+@with_options(load=LoadOptions, upstream=UpstreamOptions)
 def up(
     host: Host = None,
     port: Port = None,
@@ -67,7 +111,8 @@ def up(
     redis_url: RedisUrl = None,
     no_auth: NoAuth = False,
     drain_s: DrainS = None,
-    model: Model = "tiny",
+    model: Models = None,
+    models: ModelList = None,
     name: Name = None,
     engine: Engine = "transformers",
     slots: Slots = None,
@@ -75,25 +120,33 @@ def up(
     dtype: InDtype = "auto",
     threads: Threads = None,
     token_delay_ms: TokenDelay = 20.0,
+    on_demand: OnDemand = False,
+    keep_alive: KeepAlive = "5m",
+    max_loaded: MaxLoaded = 1,
+    engine_arg: EngineArg = None,
     *,
     load: LoadOptions,
+    upstream: UpstreamOptions,
 ) -> None:
     """Run everything: embedded Redis, API, one worker, orchestrator."""
     import asyncio
 
     from .addresses import check_exposure, http_base
-    from .models import served_name
     from .up import Up, UpOptions, hold_lock
 
     settings = load_settings(
         host=host, port=port, state_dir=state_dir, redis_url=redis_url, auth=False if no_auth else None, drain_s=drain_s
     )
     check_exposure(settings)
-    worker = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms, load)
-    arguments = (*worker.arguments(), "--drain-s", str(settings.drain_s))
+    first, *more = all_models(model, models)
+    own = tuple(engine_arg or ())
+    worker = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own)
+    demand = DemandOptions(tuple(more), on_demand, keep_alive, max_loaded)
+    offered = offers(worker, demand)  # what is wrong is said here, and not in a log
+    arguments = (*worker.arguments(), *demand.arguments(), "--drain-s", str(settings.drain_s))
     lock = hold_lock(settings.state_dir, http_base(settings.host, settings.port))
     with lock:
-        asyncio.run(Up(settings, UpOptions(name or served_name(model), arguments)).run())
+        asyncio.run(Up(settings, UpOptions(tuple(offer.served_as for offer in offered), arguments)).run())
 
 
 @app.command()
@@ -118,9 +171,10 @@ def serve(
 
 
 @app.command()
-@with_options(LoadOptions)
+@with_options(load=LoadOptions, upstream=UpstreamOptions)
 def worker(
-    model: Model = "tiny",
+    model: Models = None,
+    models: ModelList = None,
     name: Name = None,
     engine: Engine = "transformers",
     slots: Slots = None,
@@ -128,6 +182,10 @@ def worker(
     dtype: InDtype = "auto",
     threads: Threads = None,
     token_delay_ms: TokenDelay = 20.0,
+    on_demand: OnDemand = False,
+    keep_alive: KeepAlive = "5m",
+    max_loaded: MaxLoaded = 1,
+    engine_arg: EngineArg = None,
     state_dir: StateDir = None,
     redis_url: RedisUrl = None,
     drain_s: DrainS = None,
@@ -135,40 +193,57 @@ def worker(
     worker_id: WorkerId = None,
     *,
     load: LoadOptions,
+    upstream: UpstreamOptions,
 ) -> None:
-    """Run a worker for one model: an engine in a process of its own, and a supervisor for it."""
+    """Run a worker: an engine in a process of its own, and a supervisor for it.
+
+    With several models, or --on-demand, it loads each when a job for it comes.
+    """
     from . import logs
-    from .models import served_name
 
     logs.configure()
     settings = load_settings(state_dir=state_dir, redis_url=redis_url, drain_s=drain_s)
     url = settings.resolved_redis_url
-    options = WorkerOptions(model, name, engine, slots, device, dtype, threads, token_delay_ms, load)
+    first, *more = all_models(model, models)
+    own = tuple(engine_arg or ())
+    options = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own)
+    demand = DemandOptions(tuple(more), on_demand, keep_alive, max_loaded)
+    offered = offers(options, demand)
     if no_supervise:
+        if demand.applies:
+            raise ConfigurationError("--no-supervise is for one model that is loaded at once, without --on-demand.")
         from .workers import main
         from .workers.worker import Limits
 
         limits = Limits(settings.drain_s, settings.stall_s, settings.batch_reserve, settings.tenant_headroom)
-        main.run(options, limits, url, worker_id)
+        main.run(offered[0], limits, url, worker_id)
         return
     from .registry import ModelCard
-    from .workers import parent
+    from .workers import ondemand, parent
+    from .workers.engine_process import EngineProcess
 
-    command = [sys.executable, "-m", "fastchat_q.cli", "worker", "--no-supervise", *options.arguments()]
-    command += ["--drain-s", str(settings.drain_s)]
-    process = parent.EngineProcess(
-        command=lambda run_id: [*command, "--id", run_id],
-        environment={"FASTCHAT_Q_REDIS_URL": url},  # not on the command line: it may hold a password
-        card=ModelCard(name or served_name(model), engine, None, int(time.time()), device, dtype),
-        slots=slots or 0,
-        drain_s=settings.drain_s,
-        stall_s=settings.stall_s,
-    )
-    parent.run(process, url)
+    def process(offer: WorkerOptions) -> EngineProcess:
+        command = [sys.executable, "-m", "fastchat_q.cli", "worker", "--no-supervise", *offer.arguments()]
+        command += ["--drain-s", str(settings.drain_s)]
+        return EngineProcess(
+            command=lambda run_id: [*command, "--id", run_id],
+            environment={"FASTCHAT_Q_REDIS_URL": url},  # not on the command line: it may hold a password
+            card=ModelCard(offer.served_as, engine, None, int(time.time()), device, dtype),
+            slots=slots or 0,
+            drain_s=settings.drain_s,
+            stall_s=settings.stall_s,
+        )
+
+    processes = [process(offer) for offer in offered]
+    if demand.applies:
+        policy = ondemand.Policy(parse_duration(keep_alive), max_loaded)
+        ondemand.run(processes, policy, url)
+    else:
+        parent.run(processes[0], url)
 
 
 @app.command()
-@with_options(LoadOptions)
+@with_options(load=LoadOptions)
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="tiny, a local folder, or a Hugging Face hub id.")],
     device: OnDevice = "auto",

@@ -32,24 +32,26 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead 
 T = TypeVar("T")
 
 
-def with_options(kind: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command an option for each field of a dataclass; it gets them as one object, its argument ``load``."""
-    types = get_type_hints(kind)
+def with_options(**kinds: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for each field of some dataclasses; its arguments of these names get the objects."""
 
-    def option(entry: "Field[Any]") -> inspect.Parameter:
+    def option(kind: type[Any], entry: "Field[Any]") -> inspect.Parameter:
         form: Any = Annotated
-        annotation = form[types[entry.name], typer.Option(flag(entry.name), **entry.metadata)]
+        annotation = form[get_type_hints(kind)[entry.name], typer.Option(flag(entry.name), **entry.metadata)]
         return inspect.Parameter(entry.name, KEYWORD_ONLY, default=entry.default, annotation=annotation)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
-        own = [parameter for name, parameter in signature.parameters.items() if name != "load"]
-        added = [option(entry) for entry in fields(kind)]
+        own = [parameter for name, parameter in signature.parameters.items() if name not in kinds]
+        added = [option(kind, entry) for kind in kinds.values() for entry in fields(kind)]
 
         @functools.wraps(command)
         def run(*args: Any, **values: Any) -> None:
-            load = kind(**{parameter.name: values.pop(parameter.name) for parameter in added})
-            command(*args, load=load, **values)
+            groups = {
+                name: kind(**{entry.name: values.pop(entry.name) for entry in fields(kind)})
+                for name, kind in kinds.items()
+            }
+            command(*args, **groups, **values)
 
         run.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)} | {"return": None}
@@ -135,6 +137,27 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 def printable(line: str) -> str:
     """Without control characters: what clients and workers wrote must not drive the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in line)
+
+
+def parse_duration(words: str) -> float:
+    """Seconds of ``90``, ``5m`` or ``1h30m``; infinity for a negative number, as Ollama has it.
+
+    Raises:
+        ConfigurationError: it is none of these.
+    """
+    import re
+
+    from .errors import ConfigurationError
+
+    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+    if re.fullmatch(r"-\d+(\.\d+)?(ms|s|m|h|d)?", words):
+        return float("inf")
+    if re.fullmatch(r"\d+(\.\d+)?", words):
+        return float(words)
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", words)
+    if not parts or "".join(number + unit for number, unit in parts) != words:
+        raise ConfigurationError(f"{words!r} is no duration: expected such as 300, 5m, 1h30m, or -1 for ever.")
+    return sum(float(number) * units[unit] for number, unit in parts)
 
 
 def duration(seconds: float | None) -> str | None:

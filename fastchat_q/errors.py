@@ -15,6 +15,7 @@
     ├── QueueFullError                   429 queue_full            with Retry-After
     ├── QueueDrainingError               503 queue_draining        with Retry-After
     ├── NoWorkerError                    503 no_worker             with Retry-After
+    ├── LoadFailedError                  503 load_failed           with Retry-After
     ├── QueueUnavailableError            503 queue_unavailable     with Retry-After
     ├── DeadlineError                    504 deadline_exceeded
     ├── JobFailedError                   500, or what the worker's error says
@@ -173,6 +174,21 @@ class NoWorkerError(FastchatQError):
     retry_after_s = 5
 
 
+class LoadFailedError(FastchatQError):
+    """The model is loaded on demand, and that failed lately."""
+
+    status = 503
+    code = "load_failed"
+
+    def __init__(self, model: str, reason: str, retry_in_s: int) -> None:
+        self.retry_after_s = max(retry_in_s, 1)
+        super().__init__(
+            f"Model {model!r} could not be loaded: {reason}. It is tried again for requests that come in "
+            f"{self.retry_after_s} s or later.",
+            param="model",
+        )
+
+
 class QueueUnavailableError(FastchatQError):
     """Redis cannot be reached, or refuses writes; nothing was accepted."""
 
@@ -206,7 +222,24 @@ class JobFailedError(FastchatQError):
 
 
 class RetryableError(JobFailedError):
-    """The worker is in trouble (no memory left, a device reset), and the job is not to blame: another try may do."""
+    """The worker is in trouble (no memory left, a device reset), and the job is not to blame: another try may do.
+
+    Args:
+        counts: it is one of the few tries that a job has; if not, only its deadline ends them.
+        retry_after_s: when to try again; None: after a backoff.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 500,
+        code: str | None = None,
+        counts: bool = True,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message, status=status, code=code)
+        self.counts, self.retry_after_s = counts, retry_after_s
 
 
 class ConfigurationError(FastchatQError):

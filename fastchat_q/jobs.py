@@ -95,19 +95,23 @@ class Sampling(_Frozen):
     """None: none; else those of the chosen token and of so many likeliest ones."""
     guide: Guide | None = None
 
-    def needs(self) -> set[Feature]:
-        """The features that it asks for."""
-        asked: dict[Feature, object] = {
-            "n": self.n > 1,
-            "sampling": self.top_k or self.min_p or self.min_tokens or self.stop_token_ids,
-            "penalties": self.presence_penalty
-            or self.frequency_penalty
-            or self.repetition_penalty != 1.0
-            or self.logit_bias,
-            "logprobs": self.logprobs is not None,
-            "structured_outputs": self.guide,
+    def asks(self) -> dict[str, Feature]:
+        """Request parameters that ask for more than plain generation, and the feature that each needs."""
+        asked: dict[str, tuple[object, Feature]] = {
+            "n": (self.n > 1, "n"),
+            "top_k": (self.top_k, "sampling"),
+            "min_p": (self.min_p, "sampling"),
+            "min_tokens": (self.min_tokens, "sampling"),
+            "stop_token_ids": (self.stop_token_ids, "sampling"),
+            "presence_penalty": (self.presence_penalty, "penalties"),
+            "frequency_penalty": (self.frequency_penalty, "penalties"),
+            "repetition_penalty": (self.repetition_penalty != 1.0, "penalties"),
+            "logit_bias": (self.logit_bias, "penalties"),
+            "logprobs": (self.logprobs is not None, "logprobs"),
+            "response_format": (self.guide and self.guide.kind.startswith("json"), "structured_outputs"),
+            "structured_outputs": (self.guide and not self.guide.kind.startswith("json"), "structured_outputs"),
         }
-        return {feature for feature, wanted in asked.items() if wanted}
+        return {parameter: feature for parameter, (wanted, feature) in asked.items() if wanted}
 
 
 class Job(_Frozen):
@@ -152,14 +156,20 @@ class Job(_Frozen):
         prompt = _tokens(sum(len(message.text) for message in self.messages)) + images * IMAGE_TOKENS
         return prompt + self.sampling.n * (self.sampling.max_tokens or ASSUMED_TOKENS)
 
+    def asks(self) -> dict[str, Feature]:
+        """Request parameters that ask for more than plain generation, and the feature that each needs."""
+        asked = self.sampling.asks()
+        if self.tools and self.tool_choice != "none":
+            asked["tools"] = "tools"
+        if any(message.images for message in self.messages):
+            asked["messages"] = "vision"
+        if self.template_kwargs.get("reasoning_effort") not in (None, "none"):
+            asked["reasoning_effort"] = "reasoning"
+        return asked
+
     def needs(self) -> set[Feature]:
         """The features that its worker must have."""
-        needed = self.sampling.needs()
-        if self.tools and self.tool_choice != "none":
-            needed.add("tools")
-        if any(message.images for message in self.messages):
-            needed.add("vision")
-        return needed
+        return set(self.asks().values())
 
     def to_spec(self) -> str:
         """JSON for the job record, without default values."""

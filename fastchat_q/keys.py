@@ -95,6 +95,11 @@ class ModelKeys:
         """String: the worker that runs suspects alone, and whether it has begun. TTL 15 s."""
         return f"{self.prefix}ward"
 
+    @property
+    def load(self) -> str:
+        """String: the worker that loads the model on demand, so that no second one does. TTL 15 s."""
+        return f"{self.prefix}load"
+
     def parked(self, tenant: str) -> str:
         """Zset: id -> place. Jobs of a tenant that runs as many as it may; gone when it runs fewer."""
         return f"{self.prefix}parked:{tenant}"
@@ -188,6 +193,10 @@ WORKERS = "fq:workers"
 
 MODELS = "fq:models"
 """Zset: model name -> last seen in ms. Tells «no worker now» from «never heard of it»; forgotten after 24 h."""
+
+
+ALIASES = "fq:aliases"
+"""Hash: alias -> JSON object of the models it stands for and their weights. Until an operator removes it."""
 
 
 def idempotent_model(tenant: str, digest: str) -> str:

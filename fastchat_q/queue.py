@@ -22,6 +22,7 @@ MAX_DEATHS = 4
 KEEP_S = 120.0
 """How long a job is kept after its end, unless its client is expected to come back for it."""
 MAX_RETRIES = 3
+UNCOUNTED = -1
 """Tries that a worker may ask to repeat."""
 REAP_S = 1.0
 """Every worker and every API server reaps this often."""
@@ -141,6 +142,8 @@ class Finish:
     result: Result
     backoff_s: float = 0.0
     """Until the next try, if that is what it asks for."""
+    counts: bool = True
+    """That try is one of `MAX_RETRIES`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,14 +234,21 @@ class Queue:
             if taken or code != Advice.AGAIN:
                 return Taken([_claim(*fields) for fields in taken], Advice(code))
 
-    async def wait(self, model: str, timeout_s: float) -> None:
+    async def wait(self, model: str, timeout_s: float) -> bool:
         """Blocks until a job may be there, at the most ``timeout_s`` seconds. Needs a blocking connection.
+
+        Returns:
+            Whether the bell rang.
 
         Raises:
             TimeoutError: the server did not even say that time is up: the connection is dead without being closed.
         """
         async with asyncio.timeout(timeout_s + DEAD_CONNECTION_S):
-            await self._redis.blpop([keys.model_keys(model).bell], timeout=timeout_s)  # type: ignore[arg-type, misc]
+            return None is not await self._redis.blpop([keys.model_keys(model).bell], timeout=timeout_s)  # type: ignore[arg-type, misc]
+
+    async def ring(self, model: str) -> None:
+        """Passes a bell on that was taken for nothing, to a worker that can take a job."""
+        await self._redis.rpush(keys.model_keys(model).bell, "1")  # type: ignore[misc]
 
     async def renew(self, model: str, claims: Sequence[Claim]) -> list[Claim]:
         """Extends the leases; returns the claims that are lost."""
@@ -267,6 +277,11 @@ class Queue:
         """
         back, dead = await self._call("disown", model, (worker_id, int(crashed), reason, *known))
         return back, dead
+
+    async def model_of_key(self, tenant: str, key_digest: str) -> str | None:
+        """The slug of the model that the client's idempotency key was used for."""
+        used_for: bytes | None = await self._redis.get(keys.idempotent_model(tenant, key_digest))
+        return None if used_for is None else used_for.decode()
 
     async def is_known(self, model: str, tenant: str, key_digest: str) -> bool:
         """Whether the client's idempotency key has a job of this model."""
@@ -357,7 +372,7 @@ def finish_call(model: str, finish: Finish) -> scripts.Call:
         finish.result.to_json(),
         usage.total_tokens if usage else 0,
         _ms(finish.backoff_s),
-        MAX_RETRIES,
+        MAX_RETRIES if finish.counts else UNCOUNTED,
     )
     return scripts.Call("finish", keys.model_keys(model).script_keys, args)
 

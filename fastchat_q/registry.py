@@ -5,7 +5,7 @@ import socket
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import orjson
 from redis.asyncio import Redis
@@ -20,8 +20,8 @@ REGISTRATION_TTL_S = 15
 FORGET_MODEL_S = 24 * 3600
 FORGET_WORKER_S = 3600
 
-State = Literal["loading", "serving", "draining", "crashed"]
-"""``crashed``: it waits until it is started again."""
+State = Literal["idle", "loading", "serving", "draining", "crashed"]
+"""``idle``: it is loaded when a job comes; ``crashed``: it waits until it is started again."""
 
 
 def process_id(kind: str) -> str:
@@ -56,7 +56,12 @@ class ModelCard:
     @classmethod
     def from_json(cls, raw: str) -> Self:
         """What a heartbeat wrote."""
-        fields = known_fields(cls, orjson.loads(raw))
+        return cls.from_dict(orjson.loads(raw))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Self:
+        """The same, decoded."""
+        fields = known_fields(cls, raw)
         return cls(**fields | {"features": tuple(fields.get("features", ()))})
 
 
@@ -80,10 +85,22 @@ class Registration:
     restarts: int = 0
     """How often that has happened."""
     reason: str = ""
-    """Why it ended the last time."""
+    """Why it ended the last time; of one that serves: why it takes no jobs at the moment."""
+    on_demand: bool = False
+    """The entry is of who loads the model when a job comes; once it is loaded, its own process has an entry."""
+    progress: float = 0.0
+    """How much of the loading is done, 0 to 1."""
+    phase: str = ""
+    """What of the loading is under way."""
+    retry_in_s: int = 0
+    """Of a model that could not be loaded: how long it is not tried again."""
+    more: tuple[ModelCard, ...] = ()
+    """What else the worker serves out of the same slots. Who reads the registry finds an entry for each of them."""
 
     @classmethod
-    def of_this_process(cls, worker_id: str, card: ModelCard, slots: int, supervisor: int = 0) -> "Registration":
+    def of_this_process(
+        cls, worker_id: str, card: ModelCard, slots: int, supervisor: int = 0, more: Iterable[ModelCard] = ()
+    ) -> "Registration":
         """The entry of a worker that starts serving now."""
         return cls(
             worker_id,
@@ -96,12 +113,20 @@ class Registration:
             __version__,
             int(time.time()),
             supervisor,
+            more=tuple(more),
         )
 
     @property
     def serves(self) -> bool:
         """Whether its model is loaded and its process there."""
         return self.state in ("serving", "draining")
+
+    @property
+    def expects_jobs(self) -> bool:
+        """Whether a job may wait for its model to be loaded: nothing speaks against that it will be."""
+        if self.on_demand:
+            return self.state != "crashed"
+        return self.state == "loading" and not self.reason
 
     def at(self, running: int, slots: int, draining: bool) -> "Registration":
         """The same worker, at another moment."""
@@ -119,15 +144,21 @@ class Registry:
 
     async def announce(self, registration: Registration) -> None:
         """One heartbeat of a worker: two round trips, for what is compared between hosts is Redis' time alone."""
-        fields = {**asdict(registration), "card": orjson.dumps(registration.card)}
+        fields = {
+            **asdict(registration),
+            "card": orjson.dumps(registration.card),
+            "more": orjson.dumps(registration.more),
+            "on_demand": int(registration.on_demand),
+        }
         key, (now, _) = keys.worker(registration.worker_id), await self._redis.time()
         pipe = self._redis.pipeline(transaction=False)
         pipe.hset(key, mapping=fields)
         pipe.expire(key, REGISTRATION_TTL_S)
         pipe.zadd(keys.WORKERS, {registration.worker_id: (now + REGISTRATION_TTL_S) * 1000})
         pipe.zremrangebyscore(keys.WORKERS, "-inf", (now - FORGET_WORKER_S) * 1000)
-        if registration.serves:
-            pipe.zadd(keys.MODELS, {registration.card.name: now * 1000})
+        if registration.serves or registration.on_demand:
+            served = (registration.card, *registration.more)
+            pipe.zadd(keys.MODELS, {card.name: now * 1000 for card in served})
         pipe.zremrangebyscore(keys.MODELS, "-inf", (now - FORGET_MODEL_S) * 1000)
         await pipe.execute()
 
@@ -142,6 +173,11 @@ class Registry:
     async def is_there(self, worker_id: str) -> bool:
         """Whether a worker's last heartbeat is younger than its TTL."""
         return bool(await self._redis.exists(keys.worker(worker_id)))
+
+    async def models_of(self, worker_id: str) -> list[str]:
+        """Names of the models that a worker serves, or served until a moment ago."""
+        fields: dict[bytes, bytes] = await self._redis.hgetall(keys.worker(worker_id))  # type: ignore[misc]
+        return [entry.card.name for entry in _registrations([fields])]
 
     async def announce_api(self, api_id: str) -> None:
         """One heartbeat of an API server."""
@@ -162,7 +198,7 @@ class Registry:
         return sorted(_registrations(await pipe.execute()), key=lambda r: (r.started, r.worker_id))
 
     async def known_models(self) -> set[str]:
-        """Models that some worker served within the last 24 hours."""
+        """Models that some worker served, or would have loaded, within the last 24 hours."""
         return {name.decode() for name in await self._redis.zrange(keys.MODELS, 0, -1)}
 
 
@@ -181,7 +217,7 @@ def _registrations(rows: Iterable[dict[bytes, bytes]]) -> Iterable[Registration]
         state = next((state for state in get_args(State) if state == fields.get("state")), None)
         if state is None or not fields.keys() >= REQUIRED:
             continue  # its TTL ran out: the worker is gone (or it is of a version with other states or fields)
-        yield Registration(
+        entry = Registration(
             worker_id=fields["worker_id"],
             card=ModelCard.from_json(fields["card"]),
             slots=int(fields["slots"]),
@@ -194,4 +230,10 @@ def _registrations(rows: Iterable[dict[bytes, bytes]]) -> Iterable[Registration]
             supervisor=int(fields.get("supervisor", 0)),
             restarts=int(fields.get("restarts", 0)),
             reason=fields.get("reason", ""),
+            on_demand=fields.get("on_demand") == "1",
+            progress=float(fields.get("progress", 0)),
+            phase=fields.get("phase", ""),
+            retry_in_s=int(fields.get("retry_in_s", 0)),
+            more=tuple(ModelCard.from_dict(card) for card in orjson.loads(fields.get("more", "[]"))),
         )
+        yield from (replace(entry, card=card) for card in (entry.card, *entry.more))

@@ -43,6 +43,12 @@ class Settings(BaseSettings):
     in the state directory, made when first needed."""
     max_body_bytes: int = Field(default=1024 * 1024, ge=1024)
     """A request larger than this is refused with 413, before anything is queued."""
+    max_images: int = Field(default=16, ge=0)
+    """Images that a request may hold. They come as data URLs, so ``max_body_bytes`` bounds them all together."""
+    max_image_bytes: int = Field(default=20 * 1024 * 1024, ge=1)
+    """Of an image, decoded."""
+    max_inputs: int = Field(default=2048, ge=1)
+    """Texts that a request may have embedded, or ranked."""
     max_waiting: int = Field(default=2048, ge=1)
     """Waiting jobs a lane of one model may hold; the next is answered with 429."""
     queue_deadline_s: float = Field(default=600.0, gt=0)

@@ -106,6 +106,8 @@ class Child:
         output: gets what it prints.
         environment: added to this process's own.
         on_exit: called with (exit code, seconds until it starts again) after a run that nobody asked to end.
+        again: False: one run is all.
+        pass_fds: descriptors that it inherits.
     """
 
     name: str
@@ -113,6 +115,8 @@ class Child:
     output: Output
     environment: Mapping[str, str]
     on_exit: Callable[["Child", int, float], None]
+    again: bool = True
+    pass_fds: Sequence[int] = ()
     process: asyncio.subprocess.Process | None = None
     stopping: bool = False
     _task: asyncio.Task[None] | None = field(default=None, repr=False)
@@ -162,6 +166,8 @@ class Child:
             delay = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
             failures += 1
             self.on_exit(self, code, delay)
+            if not self.again:
+                return
             await asyncio.sleep(delay)
 
     async def _run_once(self) -> int:
@@ -172,6 +178,7 @@ class Child:
                 stdout=output,
                 stderr=output,
                 env={**os.environ, **self.environment},
+                pass_fds=self.pass_fds,
                 start_new_session=True,  # a Ctrl-C in the terminal is ours to pass on, in our order
                 preexec_fn=die_with_parent(os.getpid()),
             )

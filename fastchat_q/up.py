@@ -43,7 +43,8 @@ LOOK_S = 1.0
 class UpOptions:
     """What ``up`` is told beyond the settings."""
 
-    model: str
+    models: tuple[str, ...]
+    """What clients may ask for."""
     worker_arguments: tuple[str, ...]
 
 
@@ -96,7 +97,9 @@ class Up:
         async with asyncio.TaskGroup() as waits:
             waits.create_task(self._report("api", f"{base}/v1", lambda: self._api_is_up(base, api)))
             waits.create_task(self._report("orchestrator", "arq", lambda: self._orchestrator_is_up(orchestrator)))
-            waits.create_task(self._report("worker", self._options.model, lambda: self._worker_is_up(redis, worker)))
+            waits.create_task(
+                self._report("worker", ", ".join(self._options.models), lambda: self._worker_is_up(redis, worker))
+            )
         if not self._stop.is_set():
             self._print_welcome(base, api_key)
 
@@ -197,13 +200,14 @@ class Up:
 
     async def _worker_is_up(self, redis: "Redis", child: Child) -> bool:
         try:
-            return any(_is_of(child, worker) and worker.serves for worker in await Registry(redis).workers())
+            workers = [worker for worker in await Registry(redis).workers() if _is_of(child, worker)]
+            return any(worker.serves or worker.state == "idle" for worker in workers)
         except AWAY:
             return False
 
     async def _report_crashes(self, redis: "Redis", child: Child) -> None:
         """The worker supervises its engine's process itself; what it says of that in the registry is printed here."""
-        told = (0, 0)
+        told: dict[str, int] = {}
         while True:
             check_cancelled()
             await asyncio.sleep(LOOK_S)
@@ -212,9 +216,9 @@ class Up:
             except AWAY:
                 continue
             for worker in workers:
-                if _is_of(child, worker) and worker.restarts and (worker.supervisor, worker.restarts) > told:
-                    told = (worker.supervisor, worker.restarts)
-                    self._say(f"✘ {child.name:<13} {worker.reason}; starts again")
+                if _is_of(child, worker) and worker.restarts > told.get(worker.worker_id, 0):
+                    told[worker.worker_id] = worker.restarts
+                    self._say(f"✘ {child.name:<13} {worker.card.name}: {worker.reason}; starts again")
 
     async def _orchestrator_is_up(self, child: Child) -> bool:
         try:
@@ -237,7 +241,11 @@ class Up:
             auth = f'-H "Authorization: Bearer {api_key}" '
             self._say(f"\n  Key   {api_key}   (also in {self._settings.state_dir / KEY_FILE})")
         body = json.dumps(
-            {"model": self._options.model, "stream": True, "messages": [{"role": "user", "content": "Who are you?"}]}
+            {
+                "model": self._options.models[0],
+                "stream": True,
+                "messages": [{"role": "user", "content": "Who are you?"}],
+            }
         )
         self._say(f"  API   {base}/v1   logs {self._logs}")
         self._say(f"  Try   curl -N {base}/v1/chat/completions {auth}-H 'Content-Type: application/json' -d '{body}'")

@@ -91,6 +91,17 @@ def echo_stack() -> Iterator[Stack]:
 
 
 @pytest.fixture(scope="module")
+def scripted_stack() -> Iterator[Stack]:
+    """A shared stack whose workers say what a request tells them to: models ``script``, ``embedder`` and ``ranker``."""
+    path = Path(tempfile.mkdtemp(prefix="fq"))
+    with running_stack(path) as running:
+        for model, kind in (("script", "chat"), ("embedder", "embed"), ("ranker", "rerank")):
+            running.start_scripted_worker(model, kind)
+        yield running
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
 def tiny_stack() -> Iterator[Stack]:
     """A shared stack with the built-in model, 64 slots; tests leave it running and idle."""
     with shared_stack("--model", "tiny", "--slots", "64", "--threads", "1") as running:

@@ -10,6 +10,7 @@ import threading
 import time
 
 from fastchat_q.workers import parent
+from fastchat_q.workers.engine_process import EngineProcess
 from fastchat_q.workers.engines.base import OUT_OF_MEMORY, Output, Request
 from fastchat_q.workers.engines.echo import EchoEngine
 from fastchat_q.workers.main import serve
@@ -69,7 +70,7 @@ def main() -> None:
         return
     command = [sys.executable, "-m", "tests.faulty_worker", url, model, stall_s]
     card = ModelCard(model, "faulty", None, int(time.time()))
-    parent.run(parent.EngineProcess(lambda run_id: [*command, "--id", run_id], {}, card, 4, 5, float(stall_s)), url)
+    parent.run(EngineProcess(lambda run_id: [*command, "--id", run_id], {}, card, 4, 5, float(stall_s)), url)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,15 @@ class Stack:
         flags = [] if supervised else ["--no-supervise"]
         name = f"worker-{len(self.processes)}"
         worker = self.start(name, "worker", *flags, *arguments, prefix=prefix, **environment)
+        return self._serving(worker)
+
+    def start_scripted_worker(self, model: str, kind: str = "chat") -> Process:
+        """A worker of this model whose engine plays scripts; serves when this returns."""
+        arguments = (self.server.url, model, kind)
+        worker = self.start(f"scripted-{len(self.processes)}", *arguments, module="tests.scripted_worker")
+        return self._serving(worker)
+
+    def _serving(self, worker: Process) -> Process:
         wait_until(lambda: not worker.alive or self.registered(worker.pid), "the worker registers", STARTUP_S)
         assert worker.alive, worker.output()
         wait_until(lambda: self._is_served(worker.pid), "the API knows the worker")
@@ -166,11 +175,18 @@ class Stack:
         card = (self.registration(pid) or {}).get("card", "")
         return any(f'"name":"{model.id}"' in card for model in self.client().models.list())
 
-    def start(self, name: str, *arguments: str, prefix: Sequence[str] = (), **environment: str) -> Process:
-        """Any command of fastchat-q on this stack's Redis; ``name`` is for its log."""
+    def start(
+        self,
+        name: str,
+        *arguments: str,
+        module: str = "fastchat_q.cli",
+        prefix: Sequence[str] = (),
+        **environment: str,
+    ) -> Process:
+        """Any command of fastchat-q, or another module, on this stack's Redis; ``name`` is for its log."""
         log = self.folder / f"{name}.log"
         values = {**self.server.environment(), "FASTCHAT_Q_STATE_DIR": str(self.folder), **environment}
-        process = Process(log, *arguments, prefix=prefix, **values)
+        process = Process(log, *arguments, module=module, prefix=prefix, **values)
         self.processes.append(process)
         return process
 

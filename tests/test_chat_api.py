@@ -142,9 +142,9 @@ def test_the_model_list_and_a_model_have_openais_shape(echo_stack: Stack, client
     [model] = client.models.list().data
     assert (model.id, model.object, model.owned_by) == ("echo", "model", "fastchat-q")
     assert client.models.retrieve("echo") == model
-    assert set(get(echo_stack.port, "/v1/models/echo", authorization=f"Bearer {client.api_key}").json()) == {
-        "id", "object", "created", "owned_by"
-    }  # fmt: skip
+    shown = get(echo_stack.port, "/v1/models/echo", authorization=f"Bearer {client.api_key}").json()
+    assert set(shown) == {"id", "object", "created", "owned_by", "state", "max_model_len", "kind", "features"}
+    assert (shown["max_model_len"], shown["kind"], shown["features"]) == (None, "chat", [])
 
 
 def test_probes_need_no_key(echo_stack: Stack) -> None:

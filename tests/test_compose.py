@@ -98,7 +98,7 @@ def require_compose_plugin() -> None:
 def test_a_plain_up_starts_a_working_chat_and_nothing_more() -> None:
     default = {name for name, service in SERVICES.items() if "profiles" not in service}
     assert default == {"redis", "api", "orchestrator", "worker"}
-    assert SERVICES["worker"]["command"] == ["worker", "--model", "tiny", "--device", "cpu"]
+    assert SERVICES["worker"]["command"] == ["worker", "--models", "tiny", "--device", "cpu"]
 
 
 def test_a_gpu_is_asked_for_only_behind_its_profile() -> None:

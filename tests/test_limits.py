@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from fastchat_q.api.limits import MAX_UNSETTLED, Limits, Reservation
+from fastchat_q.api.media import Images
 from fastchat_q.api.schemas import ChatRequest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,7 +29,7 @@ def caller(**limits: int) -> Caller:
 
 
 def request(characters: int = 4, **fields: Any) -> Job:
-    return ChatRequest(model="m", messages=[{"role": "user", "content": "x" * characters}], **fields).to_job()
+    return ChatRequest(model="m", messages=[{"role": "user", "content": "x" * characters}], **fields).to_job(Images())
 
 
 async def test_a_minutes_worth_of_requests_passes_at_once_and_the_next_is_told_when(redis: "Redis") -> None:
@@ -149,8 +150,8 @@ async def test_what_has_run_off_is_not_given_back_a_second_time(redis: "Redis") 
 )
 def test_an_estimate_is_a_quarter_of_the_characters_and_the_completion(content: Any) -> None:
     message = {"role": "user", "content": content}
-    assert ChatRequest(model="m", messages=[message, message]).to_job().cost == 20 + 256
-    assert ChatRequest(model="m", messages=[message], max_tokens=5).to_job().cost == 10 + 5
+    assert ChatRequest(model="m", messages=[message, message]).to_job(Images()).cost == 20 + 256
+    assert ChatRequest(model="m", messages=[message], max_tokens=5).to_job(Images()).cost == 10 + 5
 
 
 @pytest.mark.parametrize("stream", [False, True])

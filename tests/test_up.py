@@ -97,6 +97,19 @@ def test_up_prints_what_is_ready_and_a_curl_line_that_works_when_pasted(ups: lis
     assert key_file.read_text().strip() in output
 
 
+def test_several_models_are_loaded_when_they_are_asked_for(ups: list[Up], folder: Path) -> None:
+    up = start(ups, folder, "--engine", "echo", "--model", "one", "--models", "two=x,three").ready()
+    assert re.search(r"^✔ worker +one, two, three .* s$", up.output(), re.M), up.output()
+    with up.client() as client:
+        states = {model.id: model.to_dict()["state"] for model in client.models.list()}
+        assert states == dict.fromkeys(("one", "two", "three"), "idle")
+        for model in ("two", "one"):
+            messages = [{"role": "user", "content": "still here"}]
+            answer = client.chat.completions.create(model=model, messages=messages)  # type: ignore[arg-type]
+            assert answer.choices[0].message.content == "still here"
+    assert len(up.children()["worker"].children()) == 1, "one at a time"
+
+
 def test_the_default_model_answers_through_the_official_client(ups: list[Up], folder: Path) -> None:
     up = start(ups, folder).ready()
     with up.client() as client:
@@ -196,7 +209,9 @@ def test_a_crash_of_the_engine_is_said_with_its_reason(ups: list[Up], folder: Pa
     up = start(ups, folder, *ECHO).ready()
     [engine] = up.children()["worker"].children()
     engine.kill()
-    wait_until(lambda: "✘ worker        killed by SIGKILL (out of memory?); starts again" in up.output(), "it is said")
+    wait_until(
+        lambda: "✘ worker        echo: killed by SIGKILL (out of memory?); starts again" in up.output(), "it is said"
+    )
     wait_until(lambda: up.children()["worker"].children(), "it runs again")
 
 

@@ -94,9 +94,12 @@ async def test_a_worker_that_keeps_losing_its_job_to_itself_writes_each_token_on
             async def further(least: int = 20 * (loss + 1)) -> bool:
                 return int(await redis.hget(NAMES.job("J1"), "n") or 0) >= least  # type: ignore[misc]
 
+            async def lost() -> bool:
+                await redis.zadd(NAMES.lease, {"J1": 1})
+                return (await Queue(redis).reap("echo")).handed_back == 1
+
             await until(further, "it gets on")
-            await redis.zadd(NAMES.lease, {"J1": 1})
-            await Queue(redis).reap("echo")
+            await until(lost, "a reaper comes before the lease is extended again")
         await ended(redis)
     assert await state(redis) == "succeeded"
     assert_whole(await read(redis, "echo", "J1"))
@@ -201,8 +204,8 @@ async def test_a_job_cancelled_while_others_are_begun_is_not_begun(redis: "Redis
     await enqueue(redis, job("J1"), job("J2"))
     worker = Worker(links, EchoEngine("echo", 4, 0), Limits(drain_s=1))
     first, second = await claim(redis, worker.id, 2)
-    worker._take(first, time.monotonic())
-    worker._take(second, time.monotonic())
+    worker._take(worker._lines[0], first, time.monotonic())
+    worker._take(worker._lines[0], second, time.monotonic())
     worker._lost(second)
     await worker._begin(second)
     assert list(worker._active) == ["J1"]
@@ -215,7 +218,7 @@ async def test_a_job_whose_log_cannot_be_read_now_is_not_kept(
     worker = Worker(links, EchoEngine("echo", 4, 0), Limits(drain_s=1))
     await redis.hset(NAMES.job("J1"), "n", 3)  # type: ignore[misc]
     [held] = await claim(redis, worker.id, 1)
-    worker._take(held, time.monotonic())
+    worker._take(worker._lines[0], held, time.monotonic())
     monkeypatch.setattr(links.commands, "xrange", _away)
     await worker._begin(held)
     assert not worker._active, "nothing renews its lease any more"

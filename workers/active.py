@@ -1,15 +1,20 @@
 """A job in the worker's hands, and the connections that it goes over."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from redis.asyncio import Redis
 
 from fastchat_q.connection import connect
 from fastchat_q.queue import Claim
 
+if TYPE_CHECKING:
+    from .line import Line
+
 ONCE_TIMEOUT_S = 4.0
 """Less than half a lease: a renewal whose reply does not come is tried again in time."""
+
+BLOCKING_CONNECTIONS = 8
 
 
 @dataclass(slots=True)
@@ -17,6 +22,7 @@ class Active:
     """A claimed job: one slot. ``n`` counts its tokens, those of earlier attempts included."""
 
     claim: Claim
+    line: "Line"
     n: int
     since: float
     """When it was begun (time.monotonic)."""
@@ -46,9 +52,10 @@ class Links:
     blocking: "Redis"
 
     @classmethod
-    def to(cls, url: str) -> Self:
-        """Clients that connect when first used."""
-        return cls(connect(url), connect(url, resend=False, timeout_s=ONCE_TIMEOUT_S), connect(url, blocking=True))
+    def to(cls, url: str, models: int = 1) -> Self:
+        """Clients that connect when first used, for a worker of so many models: each has a bell to wait for."""
+        once = connect(url, resend=False, timeout_s=ONCE_TIMEOUT_S)
+        return cls(connect(url), once, connect(url, blocking=True, max_connections=BLOCKING_CONNECTIONS + models))
 
     async def aclose(self) -> None:
         """Closes all connections."""

@@ -1,4 +1,4 @@
-"""The claim loop: takes jobs while slots are free. A claim whose reply is lost is handed back before the next one."""
+"""The claim loop of a model: takes jobs while slots are free. A claim whose reply is lost is handed back first."""
 
 import asyncio
 import contextlib
@@ -16,6 +16,7 @@ from fastchat_q.queue import Advice, Claim, Queue
 
 from .active import Active
 from .slots import Slots
+from .turns import Turns
 
 log = structlog.get_logger()
 
@@ -28,11 +29,13 @@ Begin = Callable[[list[Claim], float], Awaitable[None]]
 
 
 class Claimer:
-    """Takes jobs for one worker.
+    """Takes jobs of one model for a worker, which may have other ones beside it.
 
     Args:
         queue: must not resend by itself: a repeated CLAIM takes further jobs.
         bells: for blocking reads.
+        active: all that the worker runs.
+        turns: shared by the models of the worker, as ``slots`` and ``active`` are.
         known: ids of all jobs that the worker still has a say in.
         ready: whether the engine takes further jobs at the moment.
         freed: set when a slot became free; cleared here.
@@ -46,6 +49,7 @@ class Claimer:
         worker_id: str,
         slots: Slots,
         active: Mapping[str, Active],
+        turns: Turns,
         *,
         known: Callable[[], Set[str]],
         ready: Callable[[], bool],
@@ -55,11 +59,12 @@ class Claimer:
     ) -> None:
         self._queue, self._bells = queue, bells
         self._model, self._id = model, worker_id
-        self._slots, self._active = slots, active
+        self._slots, self._active, self._turns = slots, active, turns
         self._known, self._ready, self._begin = known, ready, begin
-        self._freed, self._stopping = freed, stopping
+        self.freed, self._stopping = freed, stopping
         self._doubt = ""
-        self._bell: asyncio.Task[None] | None = None
+        self._bell: asyncio.Task[bool] | None = None
+        self._rung = False
 
     def doubt(self, why: str) -> None:
         """Jobs may be ours that the worker does not run: they are handed back before the next claim."""
@@ -82,36 +87,42 @@ class Claimer:
             check_cancelled()
             try:
                 await self._disown_unknown()
-                self._freed.clear()
-                offer = self._offer()
-                if not offer:
+                self.freed.clear()
+                async with self._turns.turn(self._model) as others:
+                    offer = self._offer(others)
+                    found = await self._claim(offer) if offer else None
+                if found is None:
                     await self._leave_the_bell()  # what it rings for is for others
                     await self._slot_freed()
-                    continue
-                await self._pause(*await self._claim(offer))
+                else:
+                    await self._pause(*found)
             except AWAY as error:
                 log.warning("claim failed, trying again", error=str(error))
                 self.doubt("claim reply lost")
                 await asyncio.sleep(RETRY_S)
         await self.settle()
 
-    def _offer(self) -> list[tuple[str, int]]:
+    def _offer(self, others: int) -> list[tuple[str, int]]:
         lanes = [active.claim.lane for active in self._active.values()]
-        if keys.QUARANTINE in lanes or not self._ready():  # a suspect runs alone
+        if keys.QUARANTINE in lanes or not self._turns.may_take(self._model) or not self._ready():  # suspects run alone
             return []
-        return self._slots.offer(lanes)
+        return self._slots.offer(lanes, self._model, others)
 
     async def _claim(self, offer: list[tuple[str, int]]) -> tuple[Advice, bool, bool]:
         """Returns the queue's advice, whether slots are left, and whether jobs may wait that those are not for."""
-        sent = time.monotonic()
+        sent, most, self._rung = time.monotonic(), max(limit for _, limit in offer), False
         taken = await self._queue.claim(
             self._model,
             self._id,
             running=len(self._active),
             lanes=offer,
             nonce=secrets.token_hex(4),
-            headroom=self._slots.headroom,
+            headroom=self._slots.headroom_beside(len(self._active), most),
         )
+        if taken.advice is Advice.EMPTY_FIRST:
+            self._turns.reserve(self._model)
+        else:
+            self._turns.free(self._model)
         await self._begin(taken.claims, sent)
         lanes = [claim.lane for claim in taken.claims]
         held_back = (
@@ -119,7 +130,7 @@ class Claimer:
             or len(offer) < len(keys.LANES)
             or any(lanes.count(lane) == limit for lane, limit in offer)
         )
-        return taken.advice, len(lanes) < max(limit for _, limit in offer), held_back
+        return taken.advice, len(lanes) < most, held_back
 
     async def _pause(self, advice: Advice, hungry: bool, held_back: bool) -> None:
         if advice is Advice.EMPTY_FIRST:  # asking again now and then keeps the suspect waiting for us
@@ -156,13 +167,17 @@ class Claimer:
             self._bell = asyncio.create_task(self._bells.wait(self._model, IDLE_POLL_S))
         await asyncio.wait({self._bell})
         bell, self._bell = self._bell, None
-        bell.result()
+        self._rung = bell.result()
 
     async def _bell_or_slot(self) -> None:
         with contextlib.suppress(PreemptedError):
-            await unless(self._freed.wait(), self._bell_rings())
+            await unless(self.freed.wait(), self._bell_rings())
 
     async def _leave_the_bell(self) -> None:
+        if self._rung:  # another model took the slots meanwhile
+            self._rung = False
+            with contextlib.suppress(*AWAY):
+                await self._queue.ring(self._model)
         bell, self._bell = self._bell, None
         if bell is not None:
             bell.cancel()
@@ -171,7 +186,7 @@ class Claimer:
     async def _slot_freed(self) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(IDLE_POLL_S):
-                await self._or_stopping(self._freed.wait())
+                await self._or_stopping(self.freed.wait())
 
     async def _or_stopping(self, awaitable: Awaitable[object]) -> None:
         """Waits for ``awaitable`` or for the worker to stop, whichever comes first."""

@@ -11,16 +11,18 @@ import uvloop
 
 from fastchat_q.choices import WorkerOptions
 from fastchat_q.errors import ConfigurationError
-from fastchat_q.models import served_name
 
+from . import forwarders
 from .active import Links
+from .adapters import Generates
 from .engines.base import Engine
+from .progress import Progress
 from .watch import EngineHungError
 from .worker import Limits, Worker
 
 log = structlog.get_logger()
 
-DEFAULT_SLOTS = {"transformers": 16, "echo": 64}
+DEFAULT_SLOTS = {"transformers": 16, "echo": 64, "openai": 64, "anthropic": 16, "gemini": 16, "llama-cpp": 4}
 EXIT_FAILED = 1
 EXIT_HUNG = 70
 """The engine's thread hangs: of its own, so that a supervisor of any kind can tell it from a crash."""
@@ -56,15 +58,22 @@ def serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None)
 
 def build_engine(options: WorkerOptions) -> Engine:
     """Loads the chosen engine; heavy imports happen here and only here."""
+    name = options.served_as
+    if options.engine == "vllm":
+        return _vllm(options, name)
+    if options.engine_arg:
+        raise ConfigurationError(f"--engine-arg is for --engine vllm; {options.engine} has no such options.")
     slots = options.slots or DEFAULT_SLOTS[options.engine]
-    name = options.name or served_name(options.model)
     if options.engine == "echo":
         from .engines.echo import EchoEngine
 
         return EchoEngine(name, slots, options.token_delay_ms / 1000)
+    if options.engine in forwarders.KINDS:
+        return forwarders.build(options, name, slots)
+    progress = Progress()
+    progress(0.0, "import")
     try:
-        from .engines import devices, loading
-        from .engines.transformers_engine import TransformersEngine
+        from .engines import devices, loading, transformers_engine
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"The transformers engine needs {error.name}, which is not installed: pip install 'fastchat-q[worker]', "
@@ -72,12 +81,28 @@ def build_engine(options: WorkerOptions) -> Engine:
         ) from error
     devices.set_threads(options.threads)
     log.info("loading", model=options.model, device=options.device, dtype=options.dtype)
-    loaded = loading.load(options.model, options.device, options.dtype, options.load)
-    return TransformersEngine(name, slots, loaded)
+    loaded = loading.load(options.model, options.device, options.dtype, options.load, progress)
+    if isinstance(loaded.adapter, Generates):
+        from .engines.adapted import AdaptedEngine
+
+        return AdaptedEngine(name, slots, loaded, loaded.adapter)
+    asked = options.load.kv_memory
+    kv_bytes = devices.parse_bytes(asked, "--kv-memory") if asked is not None else None
+    return transformers_engine.build(name, slots, loaded, kv_bytes)
+
+
+def _vllm(options: WorkerOptions, name: str) -> Engine:
+    try:
+        from .engines import vllm_setup
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"The vLLM engine needs {error.name}, which is not installed: docs/workers/vllm.md says how."
+        ) from error
+    return vllm_setup.build(options, name)
 
 
 async def _serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None) -> None:
-    links = Links.to(redis_url)
+    links = Links.to(redis_url, len(engine.cards))
     worker = Worker(links, engine, limits, worker_id, supervisor=os.getppid() if worker_id else 0)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,5 +1,7 @@
 """How many jobs a worker takes, and from which lane. Plain arithmetic; it knows no Redis."""
 
+import math
+from collections import Counter
 from collections.abc import Iterable
 
 from fastchat_q.keys import LANES
@@ -7,7 +9,7 @@ from fastchat_q.keys import LANES
 LO_FIRST_EVERY = 8
 """One claim of so many serves the batch lane first: a steady stream of interactive jobs does not starve it."""
 GROW_S = 60.0
-"""After the device ran out of memory, one slot comes back so often."""
+"""After the device ran out of memory, one slot comes back so often; after other trouble it may be sooner."""
 ENOUGH_TO_KEEP_ONE = 4
 """With fewer slots, keeping one free would cost too much."""
 
@@ -24,7 +26,8 @@ class Slots:
     def __init__(self, most: int, reserve: float, headroom: float = 0.0) -> None:
         self.now = self._most = most
         self._reserve, self._headroom = reserve, headroom
-        self._claims = 0
+        self._claims: Counter[str] = Counter()
+        self._grow_s = GROW_S
         self._grown_at = 0.0
 
     @property
@@ -34,31 +37,42 @@ class Slots:
             return 0
         return max(1, int(self.now * self._headroom))
 
-    def offer(self, held: Iterable[str]) -> list[tuple[str, int]]:
+    def offer(self, held: Iterable[str], model: str = "", others: int = 0) -> list[tuple[str, int]]:
         """What the next CLAIM may take, as pairs of a lane and a number, in the order of service; empty: nothing.
 
         Args:
             held: the lane of each job that runs.
+            model: whose CLAIM it is: the lanes of each have their turns.
+            others: models that wait for slots too; each may have an equal part of those that are free.
         """
         lanes = list(held)
         free = self.now - len(lanes)
         if free <= 0:
             return []
+        free = math.ceil(free / (others + 1))
         hi, lo = LANES
         batch = min(free, self.now - int(self.now * self._reserve) - lanes.count(lo))
         if batch <= 0:
             return [(hi, free)]
-        self._claims += 1
+        self._claims[model] += 1
         order = [(hi, free), (lo, batch)]
-        return order if self._claims % LO_FIRST_EVERY else order[::-1]
+        return order if self._claims[model] % LO_FIRST_EVERY else order[::-1]
 
-    def shrink(self, running: int, failed: int, now: float) -> None:
-        """Of ``running`` jobs ``failed`` did not fit into memory: one slot less, or half of those that failed."""
+    def headroom_beside(self, running: int, offered: int) -> int:
+        """The headroom that a CLAIM for ``offered`` slots must keep: other slots stay free anyway."""
+        return max(0, self.headroom - (self.now - running - offered))
+
+    def shrink(self, running: int, failed: int, now: float, grow_s: float = GROW_S) -> None:
+        """Of ``running`` jobs ``failed`` did not fit: one slot less, or half of those that failed.
+
+        Args:
+            grow_s: one slot comes back so often.
+        """
         self.now = max(1, min(self.now, running - max(1, failed // 2)))
-        self._grown_at = now
+        self._grown_at, self._grow_s = now, grow_s
 
     def grow(self, now: float) -> None:
         """Gives one slot back if the last change is long enough ago."""
-        if self.now < self._most and now - self._grown_at >= GROW_S:
+        if self.now < self._most and now - self._grown_at >= self._grow_s:
             self.now += 1
             self._grown_at = now

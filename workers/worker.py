@@ -4,28 +4,32 @@ import asyncio
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 from redis.exceptions import RedisError
 
 from fastchat_q import keys
+from fastchat_q.abilities import check_can_do
 from fastchat_q.connection import TRANSIENT
 from fastchat_q.errors import FastchatQError, InvalidRequestError, JobFailedError, RetryableError
 from fastchat_q.events import Piece, Result
 from fastchat_q.jobs import Job
 from fastchat_q.loops import AWAY, PreemptedError, check_cancelled, every, listen, unless
 from fastchat_q.queue import LEASE_MS, REAP_S, RECONCILE_S, Claim, Finish, Queue
-from fastchat_q.registry import HEARTBEAT_S, Registration, Registry, process_id
+from fastchat_q.registry import HEARTBEAT_S, ModelCard, Registration, Registry, process_id
 from fastchat_q.sentinel import FOLLOW_S, follow_master
 from fastchat_q.tokens import read_claimed
 
 from .active import Active, Links
 from .claimer import Claimer
-from .engines.base import OUT_OF_MEMORY, Ended, Engine, Output, Request
+from .engines.base import FEWER_AT_A_TIME, Ended, Engine, Output, Request
+from .line import Line
 from .publisher import Publisher
 from .slots import Slots
+from .turns import Turns
 from .watch import PERIOD_S, Watch
 
 log = structlog.get_logger()
@@ -60,7 +64,7 @@ class Limits:
 
 
 class Worker:
-    """Serves one model from one engine.
+    """Serves the models of one engine: they share its slots, and each has a queue.
 
     Args:
         links: clients of the queue's server.
@@ -73,9 +77,7 @@ class Worker:
         self, links: Links, engine: Engine, limits: Limits, worker_id: str | None = None, supervisor: int = 0
     ) -> None:
         self.id = worker_id or process_id("w")
-        self._model = engine.card.name
         self._links = links
-        self._queue, self._once = Queue(links.commands), Queue(links.once)
         self._registry = Registry(links.commands)
         self._engine = engine
         self._limits = limits
@@ -83,24 +85,11 @@ class Worker:
         self._watch = Watch(engine, limits.stall_s)
         self._active: dict[str, Active] = {}
         self._ahead = threading.Semaphore(MAX_STEPS_AHEAD)
-        self._freed, self._stopping, self._hurry = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._publisher = Publisher(
-            links.once, self._model, self._lost, self._sent, on_refused=lambda why: self._claimer.doubt(why)
-        )
-        self._registration = Registration.of_this_process(self.id, engine.card, engine.slots, supervisor)
-        self._claimer = Claimer(
-            self._once,
-            Queue(links.blocking),
-            self._model,
-            self.id,
-            self._slots,
-            self._active,
-            known=lambda: self._active.keys() | self._publisher.job_ids(),
-            ready=lambda: not self._watch.slow,
-            begin=self._begin_all,
-            freed=self._freed,
-            stopping=self._stopping,
-        )
+        self._stopping, self._hurry = asyncio.Event(), asyncio.Event()
+        cards = engine.cards
+        self._registration = Registration.of_this_process(self.id, cards[0], engine.slots, supervisor, cards[1:])
+        self._turns = Turns([card.name for card in cards], self._running)
+        self._lines = [self._line(card) for card in cards]
 
     def stop(self) -> None:
         """Claims nothing more, lets running jobs end within the limit, and hands the rest back; again: at once."""
@@ -120,7 +109,7 @@ class Worker:
         )
         async with asyncio.TaskGroup() as duties:
             loops = [
-                duties.create_task(self._publisher.run()),
+                *(duties.create_task(line.publisher.run()) for line in self._lines),
                 duties.create_task(every(HEARTBEAT_S, self._announce, "heartbeat")),
                 duties.create_task(every(RENEW_S, self._renew, "renew")),
                 duties.create_task(every(REAP_S, self._reap, "reap")),
@@ -130,8 +119,11 @@ class Worker:
                 duties.create_task(self._keep_watch()),
                 duties.create_task(self._follow_hints()),
             ]
-            log.info("serving", worker=self.id, model=self._model, slots=self._engine.slots)
-            await self._claimer.run()
+            models = ",".join(line.model for line in self._lines)
+            log.info("serving", worker=self.id, model=models, slots=self._engine.slots)
+            async with asyncio.TaskGroup() as claiming:
+                for line in self._lines:
+                    claiming.create_task(line.claimer.run())
             if self._engine.failure is None:
                 await self._drain()
             for task in loops:
@@ -140,18 +132,45 @@ class Worker:
             raise RuntimeError("the engine died") from self._engine.failure
         await asyncio.to_thread(self._engine.stop)  # it may be waiting for this loop to take its outputs
 
-    async def _begin_all(self, claims: list[Claim], sent: float) -> None:
+    def _line(self, card: ModelCard) -> Line:
+        """Everything that is there once for each model."""
+        links = self._links
+        once = Queue(links.once)
+        publisher = Publisher(
+            links.once, card.name, self._lost, self._sent, on_refused=lambda why: line.claimer.doubt(why)
+        )
+        claimer = Claimer(
+            once,
+            Queue(links.blocking),
+            card.name,
+            self.id,
+            self._slots,
+            self._active,
+            self._turns,
+            known=lambda: self._active.keys() | publisher.job_ids(),
+            ready=lambda: not (self._watch.slow or self._engine.trouble),
+            begin=lambda claims, sent: self._begin_all(line, claims, sent),
+            freed=asyncio.Event(),
+            stopping=self._stopping,
+        )
+        line = Line(card, Queue(links.commands), once, claimer, publisher)
+        return line
+
+    def _running(self, model: str) -> int:
+        return sum(active.line.model == model for active in self._active.values())
+
+    async def _begin_all(self, line: Line, claims: list[Claim], sent: float) -> None:
         for claim in claims:
-            self._take(claim, sent)
+            self._take(line, claim, sent)
         for claim in claims:
             await self._begin(claim)
 
-    def _take(self, claim: Claim, sent: float) -> None:
+    def _take(self, line: Line, claim: Claim, sent: float) -> None:
         before = self._active.get(claim.job_id)
         if before is not None:  # lost without our noticing, and ours again
             self._lost(before.claim)
         self._active[claim.job_id] = Active(
-            claim, claim.n, time.monotonic(), sent, self._watch.awake_s, self._engine.steps
+            claim, line, claim.n, time.monotonic(), sent, self._watch.awake_s, self._engine.steps
         )
 
     async def _begin(self, claim: Claim) -> None:
@@ -161,9 +180,10 @@ class Worker:
             return  # cancelled while those before it were begun
         try:
             job = Job.from_spec(claim.spec)
+            check_can_do(active.line.card, job)  # the API may not have known the card
             prior: tuple[Piece, ...] = ()
             if claim.n:
-                deltas = await read_claimed(self._links.commands, self._model, claim)
+                deltas = await read_claimed(self._links.commands, active.line.model, claim)
                 if deltas is None:
                     log.warning("the claim is not known where its log is", job=claim.job_id)
                     self._hand_back(claim)
@@ -186,8 +206,9 @@ class Worker:
 
     def _hand_back(self, claim: Claim) -> None:
         """It cannot be begun here and now: that is nobody's fault."""
+        active = self._active[claim.job_id]
         self._lost(claim)
-        self._claimer.doubt("log not read")
+        active.line.claimer.doubt("log not read")
 
     def _hand_over(self, loop: asyncio.AbstractEventLoop, outputs: list[Output]) -> None:
         """On the engine's thread: passes a step's outputs on, and waits when the loop is far behind."""
@@ -196,7 +217,7 @@ class Worker:
 
     def _on_outputs(self, outputs: list[Output]) -> None:
         self._ahead.release()
-        running, too_large = len(self._active), 0
+        running, refused = len(self._active), Counter[str]()
         for output in outputs:
             active = self._active.get(output.ticket.partition(" ")[0])
             if active is None or active.ticket != output.ticket:
@@ -206,37 +227,43 @@ class Worker:
             if output.pieces:
                 self._watch.given(active)
             if output.ended is not None:
-                error = output.ended.error
-                too_large += error is not None and error.code == OUT_OF_MEMORY
+                if output.ended.error is not None and output.ended.error.code in FEWER_AT_A_TIME:
+                    refused[output.ended.error.code] += 1
                 self._end(active, output.pieces, output.ended)
             else:
                 urgent, active.emitted = not active.emitted, True
-                self._publisher.add(active.claim, active.n, output.pieces, None, urgent)
-        if too_large:
-            self._slots.shrink(running, too_large, time.monotonic())
-            log.warning("out of memory: fewer jobs at a time from now on", slots=self._slots.now)
+                active.line.publisher.add(active.claim, active.n, output.pieces, None, urgent)
+        for code, count in refused.items():
+            self._slots.shrink(running, count, time.monotonic(), FEWER_AT_A_TIME[code])
+            log.warning("fewer jobs at a time from now on", reason=code, slots=self._slots.now)
 
     def _end(self, active: Active, pieces: tuple[Piece, ...], ended: Ended) -> None:
         finish = _finish(active, ended)
         if ended.error is not None and not isinstance(ended.error, InvalidRequestError):
             log.error(finish.state, job=active.claim.job_id, error=str(ended.error))
-        self._publisher.add(active.claim, active.n, pieces, finish, urgent=True)
+        active.line.publisher.add(active.claim, active.n, pieces, finish, urgent=True)
         took = round(time.monotonic() - active.since, 3)
         log.info(
-            "done", job=active.claim.job_id, model=self._model, tokens=active.n, seconds=took, reason=finish.reason
+            "done",
+            job=active.claim.job_id,
+            model=active.line.model,
+            tokens=active.n,
+            seconds=took,
+            reason=finish.reason,
         )
         self._free(active.claim.job_id)
 
     def _free(self, job_id: str) -> None:
         self._active.pop(job_id, None)
-        self._freed.set()
+        for line in self._lines:
+            line.claimer.freed.set()
 
     def _lost(self, claim: Claim) -> None:
         """The job is cancelled, or somebody else's by now: stop at once and say nothing more of it."""
         active = self._active.get(claim.job_id)
         if active is not None and active.claim is claim:
             log.info("dropped", job=claim.job_id, tokens=active.n)
-            self._publisher.forget(claim)
+            active.line.publisher.forget(claim)
             self._engine.cancel(active.ticket)
             self._free(claim.job_id)
 
@@ -250,8 +277,8 @@ class Worker:
         for active in list(self._active.values()):
             if active.unheard_since is not None and time.monotonic() - active.unheard_since > ABANDONED_S:
                 log.info("abandoned", job=active.claim.job_id, tokens=active.n)
-                claim = active.claim
-                state = await self._queue.cancel(self._model, claim.job_id, "its API server is gone", fence=claim.fence)
+                claim, line = active.claim, active.line
+                state = await line.queue.cancel(line.model, claim.job_id, "its API server is gone", fence=claim.fence)
                 if state == "heard":  # somebody came back between two tokens
                     active.unheard_since = None
                 else:
@@ -280,7 +307,7 @@ class Worker:
             if time.monotonic() - active.alive_at > FENCE_S:
                 log.warning("lease not extended in time", job=active.claim.job_id)
                 self._lost(active.claim)
-                self._claimer.doubt("lease not extended in time")
+                active.line.claimer.doubt("lease not extended in time")
 
     async def _follow_hints(self) -> None:
         async for hint in listen(self._links.blocking, keys.worker_channel(self.id)):
@@ -290,35 +317,38 @@ class Worker:
                 self._lost(active.claim)
 
     async def _announce(self) -> None:
-        await self._registry.announce(
-            self._registration.at(len(self._active), self._slots.now, self._stopping.is_set())
-        )
+        at = self._registration.at(len(self._active), self._slots.now, self._stopping.is_set())
+        await self._registry.announce(replace(at, reason=self._engine.trouble))
 
     async def _renew(self) -> None:
         """Not for an engine that hangs: its jobs go to somebody else."""
-        if self._watch.silent or not self._active:
+        if self._watch.silent:
             return
-        sent, claims = time.monotonic(), [active.claim for active in self._active.values()]
-        lost = await self._once.renew(self._model, claims)
-        for claim in lost:
+        await asyncio.gather(*(self._renew_line(line) for line in self._lines))  # each in time, whatever the others do
+
+    async def _renew_line(self, line: Line) -> None:
+        sent, claims = time.monotonic(), self._claims(line)
+        for claim in await line.renew(claims) if claims else ():
             self._lost(claim)
         for claim in claims:
             active = self._active.get(claim.job_id)
             if active is not None and active.claim is claim:
                 active.alive_at = max(active.alive_at, sent)
 
+    def _claims(self, line: Line) -> list[Claim]:
+        return [active.claim for active in self._active.values() if active.line is line]
+
     async def _follow_master(self) -> None:
         links = self._links
         await follow_master(links.commands, links.once, links.blocking)
 
     async def _reap(self) -> None:
-        reaped = await self._queue.reap(self._model)
-        if reaped.handed_back or reaped.dead or reaped.expired:
-            log.info("reaped", handed_back=reaped.handed_back, dead=reaped.dead, expired=reaped.expired)
+        for line in self._lines:
+            await line.reap()
 
     async def _reconcile(self) -> None:
-        if mended := await self._queue.reconcile(self._model):
-            log.info("reconciled", mended=mended)
+        for line in self._lines:
+            await line.reconcile()
 
     async def _drain(self) -> None:
         """Lets running jobs end within the limit, then hands the rest back with their tokens."""
@@ -330,14 +360,11 @@ class Worker:
             log.warning("handing back", jobs=len(self._active))
         try:
             async with asyncio.timeout(HAND_BACK_S):
-                left = list(self._active.values())
-                for active in left:
+                left = {line: self._claims(line) for line in self._lines}
+                for active in list(self._active.values()):
                     self._engine.cancel(active.ticket)
                     self._free(active.claim.job_id)
-                await self._publisher.flushed()
-                if left:
-                    await self._queue.release(self._model, [active.claim for active in left])
-                await self._claimer.settle()
+                await asyncio.gather(*(line.hand_back(claims) for line, claims in left.items()))
                 await self._registry.withdraw(self.id)
         except (TimeoutError, *AWAY) as error:
             log.warning("could not hand back: the leases will run out", error=str(error))
@@ -345,10 +372,12 @@ class Worker:
     async def _all_ended(self) -> None:
         await self._announce()
         check_cancelled()
+        freed = self._lines[0].claimer.freed
         while self._active:
-            self._freed.clear()
-            await self._freed.wait()
-        await self._publisher.flushed()
+            freed.clear()
+            await freed.wait()
+        for line in self._lines:
+            await line.publisher.flushed()
 
 
 def _finish(active: Active, ended: Ended) -> Finish:
@@ -358,8 +387,8 @@ def _finish(active: Active, ended: Ended) -> Finish:
         return Finish(claim, active.n, "succeeded", ended.finish_reason or "stop", result)
     reason, result = error.code or error.type, Result.from_error(error)
     if isinstance(error, RetryableError):  # full jitter: jobs that failed together do not come back together
-        backoff_s = random.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2**claim.retries))
-        return Finish(claim, active.n, "retry", reason, result, backoff_s)
+        backoff_s = error.retry_after_s or random.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2**claim.retries))
+        return Finish(claim, active.n, "retry", reason, result, backoff_s, error.counts)
     return Finish(claim, active.n, "failed", reason, result)
 
 

@@ -2,7 +2,8 @@
 -- EMIT is refused. A try that may not be repeated any more leaves the job dead.
 --
 -- ARGV: 1 id, 2 fence, 3 n tokens in the log, 4 state (succeeded | failed | retry), 5 reason, 6 result (JSON),
---       7 tokens it really cost (0: unknown), 8 ms until the next try, 9 tries that may be repeated
+--       7 tokens it really cost (0: unknown), 8 ms until the next try, 9 tries that may be repeated (-1: this one does
+--       not count)
 -- returns 1 ok | 0 lost | 3 gap: the log is not complete, emit first
 local SMOOTHING = 16   -- the measured service time follows the last jobs, some sixteen of them
 allow_at_maxmemory()
@@ -12,7 +13,8 @@ if h[1] ~= 'running' or h[2] ~= ARGV[2] then return 0 end
 if h[3] ~= ARGV[3] then return 3 end
 local t = now()
 if state == 'retry' then
-  if redis.call('HINCRBY', JOB .. id, 'retries', 1) <= tonumber(ARGV[9]) then
+  local most = tonumber(ARGV[9])
+  if most < 0 or redis.call('HINCRBY', JOB .. id, 'retries', 1) <= most then
     redis.call('HSET', JOB .. id, 'reason', reason)
     hand_back(id, 'retry ' .. reason, t + tonumber(ARGV[8]))
     return 1

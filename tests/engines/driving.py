@@ -61,10 +61,11 @@ def job(
     seed: int = 0,
     stop: tuple[str, ...] = (),
     ignore_eos: bool = False,
+    n: int = 1,
 ) -> Job:
     """A job with one user message; greedy unless told otherwise."""
     sampling = Sampling(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop, ignore_eos=ignore_eos
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop, ignore_eos=ignore_eos, n=n
     )
     return Job(id=job_id, model="m", messages=(Message(role="user", content=text),), sampling=sampling)
 
@@ -85,9 +86,19 @@ class Driver:
             self.resume(one, ())
 
     def resume(self, one: Job, prior_ids: Iterable[int]) -> None:
-        self._answers[one.id] = Answer()
         prior = tuple(prior_ids)
-        self.engine.submit(Request(one, one.id, (Piece(prior),) if prior else ()))
+        self.resume_behind(one, [Piece(prior)] if prior else [])
+
+    def resume_behind(self, one: Job, prior: Iterable[Piece]) -> None:
+        self.take(Request(one, one.id, tuple(prior)))
+
+    def take(self, request: Request) -> None:
+        self._answers[request.job.id] = Answer()
+        self.engine.submit(request)
+
+    def wait_text(self, job_id: str, text: str) -> None:
+        """Returns when a job has said this."""
+        self._until(lambda: self._answers[job_id].text == text)
 
     def wait(self, *job_ids: str) -> list[Answer]:
         """Returns when all of these jobs have ended."""

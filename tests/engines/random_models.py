@@ -25,14 +25,31 @@ COMMON: dict[str, Any] = {
 }
 EAGER_EXPERTS: dict[str, Any] = {"experts_implementation": "eager"}  # the default kernel has no float64
 SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
+WINDOW = 16
 SPECIAL: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}
+MOE: dict[str, Any] = {"num_experts_per_tok": 2, **EAGER_EXPERTS}
+
+
+def _without(*names: str) -> dict[str, Any]:
+    return {name: value for name, value in COMMON.items() if name not in names}
+
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(**COMMON),
     "qwen2": lambda: transformers.Qwen2Config(**COMMON),
+    "qwen3": lambda: transformers.Qwen3Config(**COMMON, head_dim=8),
+    "mistral with a window": lambda: transformers.MistralConfig(**COMMON, sliding_window=WINDOW),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **COMMON, head_dim=8, sliding_window=WINDOW, attn_logit_softcapping=2.0, attn_implementation="eager"
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **COMMON, head_dim=8, sliding_window=WINDOW, layer_types=SLIDING_AND_FULL
+    ),
+    "phi3": lambda: transformers.Phi3Config(**COMMON),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, **SPECIAL
     ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_without("num_key_value_heads")),
     "opt": lambda: transformers.OPTConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -44,19 +61,82 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         **SPECIAL,
     ),
     "bloom": lambda: transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **SPECIAL),
-    "mixtral": lambda: transformers.MixtralConfig(
-        **COMMON, num_local_experts=4, num_experts_per_tok=2, **EAGER_EXPERTS
+    "falcon": lambda: transformers.FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **SPECIAL
     ),
-    "mistral with a window": lambda: transformers.MistralConfig(**COMMON, sliding_window=16),
-    "gemma3": lambda: transformers.Gemma3TextConfig(
-        **COMMON, head_dim=8, sliding_window=16, layer_types=SLIDING_AND_FULL
+    "falcon with alibi": lambda: transformers.FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True, **SPECIAL
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**COMMON, num_local_experts=4, **MOE),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **COMMON,
+        head_dim=8,
+        sliding_window=WINDOW,
+        layer_types=SLIDING_AND_FULL,
+        num_local_experts=4,
+        **MOE,
+        attn_implementation="eager",
+    ),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **_without("num_key_value_heads"),
+        num_key_value_heads=4,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+        **MOE,
+    ),
+    "llama4": lambda: transformers.Llama4TextConfig(
+        **COMMON,
+        head_dim=8,
+        intermediate_size_mlp=64,
+        num_local_experts=2,
+        attention_chunk_size=WINDOW,
+        **EAGER_EXPERTS,
+    ),
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(
+        **COMMON,
+        head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=4,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        **MOE,
+    ),
+    "jamba": lambda: transformers.JambaConfig(
+        **COMMON,
+        use_mamba_kernels=False,
+        num_experts=2,
+        mamba_d_state=8,
+        mamba_dt_rank=8,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        **EAGER_EXPERTS,
     ),
     "mamba": lambda: transformers.MambaConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8, **SPECIAL
     ),
+    "mamba2": lambda: transformers.Mamba2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=8,
+        num_heads=8,
+        head_dim=8,
+        n_groups=1,
+        **SPECIAL,
+    ),
 }
-ONE_ROW_EACH = {"mistral with a window", "gemma3", "mamba"}
-"""Whose cache is more than plain keys and values, so that their rows do not share a forward pass."""
 
 
 def random_model(name: str) -> PreTrainedModel:
@@ -67,6 +147,27 @@ def random_model(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]())  # type: ignore[no-untyped-call]
     assert isinstance(model, PreTrainedModel)
+    return _spread(model)
+
+
+def random_t5() -> PreTrainedModel:
+    """An encoder-decoder."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return _spread(transformers.T5ForConditionalGeneration(config))
+
+
+def _spread(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 2:

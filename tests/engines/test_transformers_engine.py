@@ -1,15 +1,14 @@
 """The transformers engine says what `generate` says, whatever joins, leaves, fails or resumes beside."""
 
-import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from fastchat_q.workers.engines.base import Engine, Request
 from fastchat_q.workers.engines.loading import Loaded
+from fastchat_q.workers.engines.scheduler import Pace
 from fastchat_q.workers.engines.transformers_engine import TransformersEngine
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fastchat_q.errors import ContextLengthError, InvalidRequestError, JobFailedError
 from fastchat_q.events import Piece, Usage
@@ -17,71 +16,11 @@ from fastchat_q.jobs import Job, Message, Sampling
 
 from .conftest import Drive
 from .driving import Answer, Driver, job
-from .random_models import CONFIGS, ONE_ROW_EACH, VOCABULARY, loaded, random_model, reciting_model
+from .random_models import VOCABULARY, loaded, random_model, reciting_model
+from .scenes import WORDS, Forwards, generated, prompt_ids, question, watch
 
-TALK = "what is the capital of France and how many legs does a spider have tell me a story about the sea "
-WORDS = TALK.split()
 EOS = 2
 RECITAL = "naïve 😀 日本語 👩‍👩‍👧‍👦 and so on\n\tto the end."
-
-
-def question(number: int) -> str:
-    """Texts of 1 to 20 words in no order of length."""
-    return " ".join(WORDS[: 1 + number * 7 % 20])
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    messages = [{"role": "user", "content": text}]
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    ids = encoded["input_ids"]  # type: ignore[index, call-overload]
-    assert isinstance(ids, list)
-    return ids
-
-
-def generated(model: PreTrainedModel, ids: list[int], max_tokens: int, eos_id: int | None = None) -> tuple[int, ...]:
-    """What `generate` makes of a prompt, greedily."""
-    output = model.generate(  # type: ignore[operator]
-        torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        do_sample=False,
-        max_new_tokens=max_tokens,
-        eos_token_id=eos_id,
-        pad_token_id=0,
-    )
-    return tuple(output[0, len(ids) :].tolist())
-
-
-@dataclass
-class Forwards:
-    """What the model's forward pass was given, call by call; a call can be made to fail."""
-
-    prompts: list[list[int]] = field(default_factory=list)
-    decode_rows: list[int] = field(default_factory=list)
-    failing: str = ""
-    """The kind of the next call that raises: prefill or decode."""
-
-    def __call__(self, ids: torch.Tensor) -> None:
-        kind = "prefill" if ids.shape[1] > 1 else "decode"
-        if kind == "prefill":
-            self.prompts.append(ids[0].tolist())
-        else:
-            self.decode_rows.append(ids.shape[0])
-        if self.failing == kind:
-            self.failing = ""
-            raise RuntimeError("simulated: a broken kernel")
-
-
-def watch(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> Forwards:
-    """Watches what engines do with a model."""
-    forwards, original = Forwards(), model.forward
-
-    @functools.wraps(original)  # engines read its signature
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        forwards(kwargs["input_ids"])
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(model, "forward", forward)
-    return forwards
 
 
 def error_of(answer: Answer) -> Exception:
@@ -97,15 +36,15 @@ def llama(tokenizer: PreTrainedTokenizerBase) -> Loaded:
 
 
 @pytest.fixture(scope="module")
-def mistral(tokenizer: PreTrainedTokenizerBase) -> Loaded:
+def one_by_one(tokenizer: PreTrainedTokenizerBase) -> Loaded:
     """A random model whose rows decode one by one."""
-    return loaded(random_model("mistral with a window"), tokenizer)
+    return loaded(random_model("llama4"), tokenizer)
 
 
-@pytest.fixture(scope="module", params=["together", "one by one"])
-def either(request: pytest.FixtureRequest, llama: Loaded, mistral: Loaded) -> Loaded:
-    """Both ways that rows can decode."""
-    return llama if request.param == "together" else mistral
+@pytest.fixture(scope="module", params=["llama", "falcon", "jamba", "llama4"])
+def either(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+    """One model for each way that rows can decode: packed, in a padded batch, with states, one by one."""
+    return loaded(random_model(request.param), tokenizer)
 
 
 @pytest.fixture
@@ -122,27 +61,6 @@ def reciting(tokenizer: PreTrainedTokenizerBase) -> Loaded:
 
 
 # ---- as generate does
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_greedy_answers_equal_generate_while_others_join_and_leave(
-    drive: Drive, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    model = random_model(name)
-    jobs = [job(f"j{i}", question(i), max_tokens=1 + i * 5 % 23) for i in range(12)]
-    expected = [generated(model, prompt_ids(tokenizer, question(i)), 1 + i * 5 % 23) for i in range(12)]
-    driver = drive(TransformersEngine("m", 4, loaded(model, tokenizer)))  # more requests than slots: no row is lost
-    forwards = watch(model, monkeypatch)
-    driver.submit(*jobs[:3])
-    driver.wait_tokens("j2", 5)
-    driver.submit(*jobs[3:5])
-    driver.wait("j0", "j1")
-    driver.submit(*jobs[5:])
-    answers = driver.wait(*(one.id for one in jobs))
-    assert [answer.ids for answer in answers] == expected
-    assert {answer.finish_reason for answer in answers} == {"length"}
-    assert max(forwards.decode_rows) == 1 if name in ONE_ROW_EACH else max(forwards.decode_rows) > 4
-    assert len({token for ids in expected for token in ids}) > 10, "a model that repeats itself would prove little"
 
 
 def test_the_built_in_model_answers_as_generate_does(drive: Drive, tiny: Loaded) -> None:
@@ -213,12 +131,12 @@ def test_cancelling_frees_the_row_and_leaves_neighbours_alone(
     driver.engine.cancel("nobody")
     [kept] = driver.wait("kept")
     assert kept.ids == generated(llama.model, prompt_ids(tokenizer, question(1)), 60)
-    assert forwards.decode_rows[-1] == 1
+    assert forwards.tokens[-1] == 1
     assert len(driver.answer("gone").ids) < 60
     assert driver.answer("gone").ended is None
-    steps = len(forwards.decode_rows)
+    steps = len(forwards.calls)
     driver.run(job("next", max_tokens=3))
-    assert forwards.decode_rows[steps:] == [1, 1], "nobody decodes for the cancelled request"
+    assert forwards.tokens[steps + 1 :] == [1, 1], "nobody decodes for the cancelled request"
 
 
 def test_cancelling_the_only_row_stops_the_work(running: Driver) -> None:
@@ -378,46 +296,64 @@ def test_a_prompt_that_just_fits_is_served(drive: Drive, tokenizer: PreTrainedTo
 # ---- failures
 
 
-def test_a_failing_decode_step_fails_those_rows_and_the_engine_serves_the_next(
-    drive: Drive, llama: Loaded, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+ALWAYS = 10**6
+
+
+def test_steps_that_always_fail_fail_their_rows_and_the_engine_serves_the_next(
+    running: Driver, either: Loaded, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver = drive(TransformersEngine("m", 8, llama))
-    forwards = watch(llama.model, monkeypatch)
-    driver.submit(job("a", max_tokens=400), job("b", question(2), max_tokens=400))
-    driver.wait_tokens("b", 3)
-    forwards.failing = "decode"
-    for answer in driver.wait("a", "b"):
+    forwards = watch(either.model, monkeypatch)
+    running.submit(job("a", max_tokens=400), job("b", question(2), max_tokens=400))
+    running.wait_tokens("b", 3)
+    forwards.failing = ALWAYS
+    for answer in running.wait("a", "b"):
         error = error_of(answer)
         assert isinstance(error, JobFailedError)
         assert "simulated: a broken kernel" in error.message
         assert error.code == "engine_error"
-    [after] = driver.run(job("c", question(3), max_tokens=10))
-    assert after.ids == generated(llama.model, prompt_ids(tokenizer, question(3)), 10)
+    forwards.failing = 0
+    [after] = running.run(job("c", question(3), max_tokens=10))
+    assert after.ids == generated(either.model, prompt_ids(tokenizer, question(3)), 10)
+
+
+def test_a_step_that_fails_once_is_computed_again_and_nobody_notices(
+    drive: Drive, llama: Loaded, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = drive(TransformersEngine("m", 8, llama))
+    forwards = watch(llama.model, monkeypatch)
+    driver.submit(job("a", max_tokens=60), job("b", question(2), max_tokens=60))
+    driver.wait_tokens("b", 3)
+    forwards.failing = 1
+    a, b = driver.wait("a", "b")
+    assert a.ids == generated(llama.model, prompt_ids(tokenizer, "hi"), 60)
+    assert b.ids == generated(llama.model, prompt_ids(tokenizer, question(2)), 60)
 
 
 def test_a_failing_decode_step_of_a_row_of_its_own_fails_only_that_row(
-    drive: Drive, mistral: Loaded, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    drive: Drive, one_by_one: Loaded, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver = drive(TransformersEngine("m", 8, mistral))
-    forwards = watch(mistral.model, monkeypatch)
+    driver = drive(TransformersEngine("m", 8, one_by_one))
+    forwards = watch(one_by_one.model, monkeypatch)
     driver.submit(job("a", max_tokens=80), job("b", max_tokens=80))
     driver.wait_tokens("b", 3)
-    forwards.failing = "decode"
+    forwards.failing = 1
     failed, fine = sorted(driver.wait("a", "b"), key=lambda answer: len(answer.ids))
     assert isinstance(error_of(failed), JobFailedError)
-    assert fine.ids == generated(mistral.model, prompt_ids(tokenizer, "hi"), 80)
+    assert fine.ids == generated(one_by_one.model, prompt_ids(tokenizer, "hi"), 80)
 
 
-def test_a_failing_prefill_fails_that_request_and_no_neighbour(
+def test_a_prompt_that_the_model_fails_on_fails_alone(
     running: Driver, either: Loaded, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    good = prompt_ids(tokenizer, "hi")
+    expected = generated(either.model, good, 60)
+    bad = next(i for i in prompt_ids(tokenizer, "hi spider") if i not in good and i not in expected)
     forwards = watch(either.model, monkeypatch)
     running.submit(job("a", max_tokens=60))
     running.wait_tokens("a", 3)
-    forwards.failing = "prefill"
-    [b, a, c] = running.run(job("b", max_tokens=60)) + running.wait("a") + running.run(job("c", max_tokens=10))
+    forwards.failing, forwards.poison = ALWAYS, bad
+    b, c, a = running.run(job("b", "hi spider", max_tokens=60), job("c", max_tokens=10)) + running.wait("a")
     assert isinstance(error_of(b), JobFailedError)
-    expected = generated(either.model, prompt_ids(tokenizer, "hi"), 60)
     assert (a.ids, c.ids) == (expected, expected[:10])
 
 
@@ -496,7 +432,7 @@ def test_control_tokens_that_a_user_typed_are_ordinary_text(
     drive: Drive, tiny: Loaded, forwards: Forwards, text: str
 ) -> None:
     drive(TransformersEngine("tiny", 4, tiny)).run(job("a", text, max_tokens=1))
-    [prompt] = forwards.prompts
+    prompt = forwards.calls[-1]
     names = ("<|im_start|>", "<|im_end|>", "<|pad|>")
     counts = [sum(token == tiny.tokenizer.convert_tokens_to_ids(name) for token in prompt) for name in names]
     assert counts == [2, 1, 0], "only what the template writes"
@@ -505,13 +441,68 @@ def test_control_tokens_that_a_user_typed_are_ordinary_text(
     assert text in rendered, "nothing that the user typed is lost"
 
 
-def test_a_prompt_longer_than_a_step_s_budget_is_taken_in_one_pass(
-    drive: Drive, tiny: Loaded, forwards: Forwards
+def test_a_long_prompt_is_taken_in_piece_by_piece_beside_a_short_one(
+    drive: Drive, tiny: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Pace, "tokens", lambda self, decoding: 100)
     text = " ".join(WORDS * 25)
-    tokens = len(prompt_ids(tiny.tokenizer, text))
-    assert 512 < tokens < 1000
-    [long, short] = drive(TransformersEngine("tiny", 4, tiny)).run(job("a", text, max_tokens=4), job("b", max_tokens=4))
-    assert [len(prompt) for prompt in forwards.prompts] == [tokens, len(prompt_ids(tiny.tokenizer, "hi"))]
-    assert long.ids == generated(tiny.model, prompt_ids(tiny.tokenizer, text), 4, EOS)
-    assert short.ids == generated(tiny.model, prompt_ids(tiny.tokenizer, "hi"), 4, EOS)
+    prompt = prompt_ids(tiny.tokenizer, text)
+    assert 512 < len(prompt) < 1000
+    driver = drive(TransformersEngine("tiny", 4, tiny))
+    forwards = watch(tiny.model, monkeypatch)
+    driver.submit(job("b", max_tokens=20))
+    driver.wait_tokens("b", 2)
+    [long, short] = driver.run(job("a", text, max_tokens=4)) + driver.wait("b")
+    pieces = [len(call) for call in forwards.calls if len(call) > 90]
+    assert len(pieces) == len(prompt) // 100
+    assert max(pieces) == 101, "the short one decodes in the same step"
+    assert long.ids == generated(tiny.model, prompt, 4, EOS)
+    assert short.ids == generated(tiny.model, prompt_ids(tiny.tokenizer, "hi"), 20, EOS)
+
+
+# ---- memory
+
+
+def test_a_request_that_can_never_fit_is_refused_with_the_numbers(drive: Drive, llama: Loaded) -> None:
+    room = TransformersEngine("m", 8, llama).way.room
+    engine = TransformersEngine("m", 8, llama, kv_bytes=room.per_column * 100 * 4 // 3 + 1)
+    [refused, served] = drive(engine).run(job("a", max_tokens=120), job("b"))
+    error = error_of(refused)
+    assert isinstance(error, ContextLengthError)
+    assert "KV memory holds 99 tokens" in error.message
+    assert "120 for the completion" in error.message
+    assert served.finish_reason == "length"
+    assert served.usage is not None
+    assert served.usage.prompt_tokens + served.usage.completion_tokens == 99
+
+
+def test_choices_share_their_prompt_and_differ(
+    running: Driver, either: Loaded, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = prompt_ids(tokenizer, question(5))
+    several = job("several", question(5), max_tokens=12, temperature=1.0, n=3)
+    forwards = watch(either.model, monkeypatch)
+    [answer] = running.run(several)
+    by_choice = [[token for piece in answer.pieces if piece.choice == i for token in piece.ids] for i in range(3)]
+    assert [len(ids) for ids in by_choice] == [12, 12, 12]
+    assert len({tuple(ids) for ids in by_choice}) == 3
+    assert [piece.finish for piece in answer.pieces if piece.finish] == ["length"] * 3
+    assert answer.usage == Usage(len(prompt), 36)
+    if either.model.config.model_type != "llama4_text":
+        assert sum(forwards.tokens) == len(prompt) + 3 * 11, "the prompt is computed once"
+    [alone] = running.run(job("alone", question(5), max_tokens=12, temperature=1.0))
+    assert list(alone.ids) == by_choice[0], "the first choice is the answer of a job that asks for one"
+
+
+def test_a_resumed_job_of_several_choices_goes_on_where_each_was(running: Driver) -> None:
+    several = job("several", question(5), max_tokens=12, temperature=1.0, n=3)
+    [whole] = running.run(several)
+    for cut in (2, 7, 30, len(whole.pieces)):
+        again = several.model_copy(update={"id": f"again{cut}"})
+        running.resume_behind(again, whole.pieces[:cut])
+        [rest] = running.wait(again.id)
+        for choice in range(3):
+            before = [i for piece in whole.pieces[:cut] if piece.choice == choice for i in piece.ids]
+            after = [i for piece in rest.pieces if piece.choice == choice for i in piece.ids]
+            assert before + after == [i for piece in whole.pieces if piece.choice == choice for i in piece.ids]
+        assert rest.ended == whole.ended

@@ -4,8 +4,8 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -28,6 +28,8 @@ class Request:
     job: Job
     ticket: str
     prior: tuple[Piece, ...] = ()
+    blobs: Mapping[str, bytes] = field(default_factory=dict)
+    """The images of the job, by name."""
 
     def prior_ids(self, choice: int = 0) -> tuple[int, ...]:
         """The tokens that a choice has already."""
@@ -55,7 +57,11 @@ class Output:
 STOP_S = 5.0
 
 OUT_OF_MEMORY = "out_of_memory"
-"""Code of the error of a job that did not fit beside the others: the worker takes fewer at a time from then on."""
+"""Code of the error of a job that did not fit beside the others into memory."""
+UPSTREAM_BUSY = "upstream_busy"
+"""Code of the error of a job that another server, to which it was forwarded, does not take now."""
+FEWER_AT_A_TIME = {OUT_OF_MEMORY: 60.0, UPSTREAM_BUSY: 5.0}
+"""Errors after which the worker takes fewer jobs at a time -> seconds after which it takes one more again."""
 
 Sink = Callable[[list[Output]], None]
 """Gets all outputs of a step in one call, on the engine's thread."""
@@ -72,6 +78,8 @@ class Engine(ABC):
         self.card = card
         self.slots = slots
         self.failure: BaseException | None = None
+        self.trouble = ""
+        """Why it takes no requests at the moment; what it has goes on."""
         self.steps = 0
         """Steps that are done."""
         self.resting = True
@@ -81,6 +89,11 @@ class Engine(ABC):
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._sink: Sink | None = None
         self._on_death: Callable[[], None] | None = None
+
+    @property
+    def cards(self) -> Sequence[ModelCard]:
+        """What it serves: its model, and adapters of it, each asked for by its own name."""
+        return (self.card,)
 
     def start(self, sink: Sink, on_death: Callable[[], None]) -> None:
         """Starts the thread. ``on_death`` is called on it if the loop itself fails; see ``failure`` then."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import structlog
 import torch
+from fastchat_q.workers import adapters
+from fastchat_q.workers.families import Choice
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastchat_q.choices import AS_IT_IS, Device, Dtype, LoadOptions
@@ -21,6 +23,7 @@ from .devices import Placement, pick_device, place
 from .plan import config_trouble, pick_dtype, read_config, weights_needed
 from .progress import OnProgress, Progress
 from .quantization import arguments, choose, dtype_for, settle
+from .rendering import give_template, stop_ids
 
 log = structlog.get_logger()
 
@@ -33,16 +36,10 @@ WAYS_OUT = (
 
 PROCESSORS: dict[str, object] = {
     "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
     "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
     "min_length": 0,
     "min_new_tokens": None,
-    "sequence_bias": None,
 }
 """Entries of a generation config that change even greedy output, and the values that do nothing."""
 
@@ -57,6 +54,9 @@ class Loaded:
     """Where its inputs go."""
     context_length: int | None
     eos_ids: frozenset[int]
+    chat: Choice | None = None
+    """Its family and chat template; None: the tokenizer's own, of a family that is not known."""
+    adapter: adapters.Adapter | None = None
 
 
 def load(
@@ -80,6 +80,50 @@ def load(
     placement = place(pick_device(device), options)
     progress = Progress(source, on_progress)
     files = hub.fetch(source, options, progress)
+    entries = {} if files.gguf else _entries(source, files)
+    adapter = adapters.find(entries)
+    if isinstance(adapter, adapters.Loads):
+        model, tokenizer = _adapted(source, files, adapter, placement.device, dtype)
+    else:
+        model, tokenizer = _from_checkpoint(source, files, options, placement, dtype, progress)
+    chat = None
+    if not isinstance(adapter, adapters.Templates):
+        chat = give_template(tokenizer, source, str(files.folder), entries, options.chat_template)
+        log.info("chat template", model=source, family=chat.family.name, template=chat.why)
+    torch.nn.Module.eval(model)
+    progress.report("load", 1, 1)
+    _warn_of_ignored_settings(source, model)
+    length = context_length(model.config, options.max_model_len)
+    eos_ids = _eos_ids(model, tokenizer) | (stop_ids(tokenizer, chat) if chat is not None else frozenset())
+    return Loaded(model, tokenizer, _input_device(model, placement), length, eos_ids, chat, adapter)
+
+
+def _entries(source: str, files: hub.Files) -> dict[str, Any]:
+    """config.json as it is in the file: adapters are for models that transformers does not know."""
+    try:
+        entries: dict[str, Any] = PreTrainedConfig.get_config_dict(files.folder)[0]
+    except Exception as error:
+        raise ConfigurationError(f"Model {source!r} cannot be loaded: {_first_line(error)}") from error
+    return entries
+
+
+def _adapted(
+    source: str, files: hub.Files, adapter: adapters.Loads, device: torch.device, dtype: Dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model, tokenizer = adapter.load(str(files.folder), device=device, dtype=wanted)
+        torch.nn.Module.to(model, device)
+    except ConfigurationError:
+        raise
+    except Exception as error:  # somebody else's code
+        raise ConfigurationError(f"Model {source!r} cannot be loaded: {_first_line(error)}") from error
+    return model, tokenizer
+
+
+def _from_checkpoint(
+    source: str, files: hub.Files, options: LoadOptions, placement: Placement, dtype: Dtype, progress: Progress
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = read_config(source, files, options)
     method = choose(options.quantization, source, config, placement.device, gguf=files.gguf is not None)
     chosen = dtype_for(method, pick_dtype(dtype, config, placement.device))
@@ -88,11 +132,7 @@ def load(
     with progress.of_weights():
         model = _weights(source, config, files, options, placement, method, chosen)
     settle(model, method)
-    torch.nn.Module.eval(model)
-    progress.report("load", 1, 1)
-    _warn_of_ignored_settings(source, model)
-    length = context_length(config, options.max_model_len)
-    return Loaded(model, tokenizer, _input_device(model, placement), length, _eos_ids(model, tokenizer))
+    return model, tokenizer
 
 
 def _tokenizer(source: str, files: hub.Files, options: LoadOptions) -> PreTrainedTokenizerBase:
@@ -102,11 +142,6 @@ def _tokenizer(source: str, files: hub.Files, options: LoadOptions) -> PreTraine
     except Exception as error:  # a broken checkpoint may raise anything
         raise ConfigurationError(f"Model {source!r} cannot be loaded: {_first_line(error)}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    if tokenizer.chat_template is None:
-        raise ConfigurationError(
-            f"Model {source!r} has no chat template in its tokenizer, so it cannot take chat messages. "
-            "Use an instruction-tuned variant of it."
-        )
     return tokenizer
 
 

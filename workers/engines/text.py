@@ -1,6 +1,8 @@
 """From token ids to text that may be shown: whole characters, and nothing that may yet become a stop string."""
 
+import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 REPLACEMENT = "\ufffd"
 MAX_HELD_TOKENS = 8
@@ -79,3 +81,38 @@ class StopMatcher:
             if any(s.startswith(tail) for s in self._stop):
                 return size
         return 0
+
+
+class TokenTexts:
+    """What each token of a transformers tokenizer decodes to by itself.
+
+    With its leading space, which ``decode`` drops, and U+FFFD for bytes that make no character.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        decoder = json.loads(backend.decoder.__getstate__()) if backend is not None and backend.decoder else {}
+        self._bytes = _byte_alphabet() if "ByteLevel" in json.dumps(decoder) else None
+        self._texts: dict[int, str] = {}
+
+    def __getitem__(self, token_id: int) -> str:
+        """Empty for an id that the tokenizer does not know: logits may be wider than the vocabulary."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._text(self._tokenizer.convert_ids_to_tokens(token_id) or "")
+        return text
+
+    def _text(self, token: str) -> str:
+        if self._bytes is not None and all(letter in self._bytes for letter in token):
+            return bytes(self._bytes[letter] for letter in token).decode(errors="replace")
+        if self._bytes is None and len(token) == 6 and token.startswith("<0x"):
+            return bytes([int(token[3:5], 16)]).decode(errors="replace")
+        return token.replace("\u2581", " ") if self._bytes is None else token
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable ones stand for themselves, the others follow from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte if byte in printable else 256 + others.index(byte)): byte for byte in range(256)}

@@ -1,193 +1,225 @@
-"""The engine for Hugging Face causal LMs: one compact step loop, requests join and leave between steps."""
+"""The engine for Hugging Face causal LMs: one compact step loop, requests join and leave between steps.
+
+A step plans (scheduler.py), computes logits (passes.py and the ways behind it), draws tokens (sampling.py), and tells
+what they say (sequence.py). Nothing of a request is computed anywhere else.
+"""
 
 import time
-from collections import deque
 
+import structlog
 import torch
-from transformers import DynamicCache
 
-from fastchat_q.errors import ContextLengthError, InvalidRequestError
-from fastchat_q.jobs import Job
+from fastchat_q.errors import InvalidRequestError
 from fastchat_q.registry import ModelCard
 
 from .base import Ended, Engine, Output, Request
-from .batch import Batch, Forward
+from .choose import NoWayError, choose_way, default_kv_bytes
+from .generate_engine import GenerateEngine
+from .intake import COMPILING_S, FEATURES, Choice, Intake
 from .loading import Loaded
-from .sampling import sample
-from .sequence import Sequence
-from .text import Detokenizer, StopMatcher
+from .passes import Model, Part, Row
+from .sampling import Sampler
+from .scheduler import Run, Scheduler
+from .sequence import Picked
 from .trouble import job_error
 
-PREFILL_BUDGET = 512
-"""Prompt tokens taken in between two decode steps; one prompt always goes, however long."""
+log = structlog.get_logger()
+
 FIRST_FORWARD_S = 120.0
 """An accelerator loads and compiles its kernels during the first forward pass."""
 
 
 class TransformersEngine(Engine):
-    """Serves one loaded model. See `Engine` for the contract."""
+    """Serves one loaded model. See `Engine` for the contract.
 
-    def __init__(self, name: str, slots: int, loaded: Loaded) -> None:
+    Args:
+        kv_bytes: memory for keys, values and states of all requests; None: a part of what is free.
+    """
+
+    def __init__(self, name: str, slots: int, loaded: Loaded, kv_bytes: int | None = None) -> None:
         dtype = str(loaded.model.dtype).removeprefix("torch.")
-        card = ModelCard(name, "transformers", loaded.context_length, int(time.time()), loaded.device.type, dtype)
+        card = ModelCard(
+            name, "transformers", loaded.context_length, int(time.time()), loaded.device.type, dtype, features=FEATURES
+        )
         super().__init__(card, slots)
-        self._loaded = loaded
-        self._forward = Forward(loaded.model)
-        self._vocabulary = loaded.model.config.get_text_config().vocab_size
-        self._waiting: deque[Sequence] = deque()
-        self._batches: list[Batch[Sequence]] = []
+        self.way = choose_way(Model(loaded.model, self.alive), kv_bytes or default_kv_bytes(loaded.device))
+        self.scheduler = Scheduler(self.way)
+        self._intake = Intake(loaded, self.way.room.columns - 1)
+        self._sampler = Sampler(self._intake.texts)
+        self._compiling: list[Choice] = []
+        self._tickets: dict[str, list[Run]] = {}
         self._replayed: list[Output] = []  # ends that no forward pass is needed for
         self._warm = loaded.device.type == "cpu"
-        for layers in (m for m in loaded.model.modules() if isinstance(m, torch.nn.ModuleList)):
-            for layer in layers:  # a long prompt on a slow device is no hung engine
-                layer.register_forward_pre_hook(lambda *_: self.alive())
 
     def admit(self, request: Request) -> None:
-        sequence = self._sequence(request)
-        for token in request.prior_ids():  # replays text and stop state of an earlier attempt; its output is known
-            last = sequence.accept(token)
-            if last.ended is not None:
-                self._replayed.append(Output(request.ticket, ended=last.ended))
-                return
-        self._waiting.append(sequence)
+        answers, ended = self._intake.answers(request)
+        if ended is not None:
+            self._replayed.append(Output(request.ticket, ended=ended))
+            return
+        going = [choice for choice in answers.choices if answers.count == 1 or not answers.has_ended(choice)]
+        new = [choice for choice in going if not choice.sequence.ids]
+        if new:
+            new[0].waiting = new[1:]
+        for choice in going:
+            if choice.sequence.ids or choice is new[0]:
+                self._compiling.append(choice)
+        self._start_ready(self._replayed)
 
+    @torch.inference_mode()
     def drop(self, ticket: str) -> None:
         self._replayed = [output for output in self._replayed if output.ticket != ticket]
-        self._waiting = deque(s for s in self._waiting if s.ticket != ticket)
-        for batch in list(self._batches):
-            if any(row.ticket == ticket for row in batch.rows):
-                self._replayed += self._leave(batch, {ticket})
+        self._forget(ticket)
 
     def wait_s(self) -> float | None:
-        return 0.0 if self._waiting or self._batches or self._replayed else None
+        if len(self.scheduler) or self._replayed:
+            return 0.0
+        return COMPILING_S if self._compiling else None
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
         outputs, self._replayed = self._replayed, []
-        for batch in list(self._batches):
-            outputs += self._decode(batch)
-        budget = PREFILL_BUDGET
-        while self._waiting and budget > 0:
-            sequence = self._waiting.popleft()
-            budget -= len(sequence.prompt) + len(sequence.ids)
-            outputs += self._prefill(sequence)
-        return outputs
-
-    def _prefill(self, sequence: Sequence) -> list[Output]:
-        ids = sequence.prompt + sequence.ids
         if not self._warm:
             self.busy_for(FIRST_FORWARD_S)
             self._warm = True
-        try:
-            logits, cache = self._forward.prefill(ids)
-            output = sequence.accept(sample(logits, [sequence.draw()])[0])
-        except Exception as error:  # this request fails, its neighbours do not
-            return _failed([sequence], error)
-        return [output] if output.ended is not None else self._start_decoding(sequence, cache, len(ids), output)
+        if self._compiling:
+            self._start_ready(outputs)
+        decode, pieces = self.scheduler.plan()
+        rows: list[Row] = []
+        logits: list[torch.Tensor] = []
+        for part in self.way.parts(decode, pieces):
+            self._run_part(part, rows, logits, outputs)
+        self.scheduler.done(rows)
+        if rows:
+            self._draw(rows, torch.cat(logits) if len(logits) > 1 else logits[0], outputs)
+        return outputs
 
-    def _start_decoding(self, sequence: Sequence, cache: DynamicCache, columns: int, first: Output) -> list[Output]:
-        joins = self._forward.batchable and bool(self._batches)
+    def _run_part(self, part: Part, rows: list[Row], logits: list[torch.Tensor], outputs: list[Output]) -> None:
+        """Computes a part; if that fails, smaller ones, until what is at fault fails alone."""
         try:
-            if joins:
-                self._batches[0].join(sequence, cache, columns)
+            result = self.way.run(part)
+        except Exception as error:
+            smaller = _halves(part) if self.way.repeatable else []
+            failed = Ended(error=job_error(error))
+        else:
+            rows += result.rows
+            if result.rows:
+                logits.append(result.logits)
+            return
+        if not smaller:  # the cache of these rows is undefined now, or the fault is in the one row
+            for ticket in {self.scheduler.run_of(row).owner.answers.ticket for row in part.rows}:
+                self._end(ticket, failed, outputs)
+            return
+        self.way.reset()
+        for one in smaller:
+            self._run_part(one, rows, logits, outputs)
+
+    def _draw(self, rows: list[Row], logits: torch.Tensor, outputs: list[Output]) -> None:
+        """Chooses the next token of each row, and says what it means."""
+        runs = [self.scheduler.run_of(row) for row in rows]
+        choices: list[Choice] = [run.owner for run in runs]
+        forks: list[tuple[Run, Choice]] = []
+        if any(choice.waiting for choice in choices):
+            lines = list(range(len(rows)))
+            for line, (run, choice) in enumerate(zip(runs, choices, strict=True)):
+                forks += [(run, other) for other in choice.waiting]
+                lines += [line] * len(choice.waiting)
+                choice.waiting = []
+            logits = logits[torch.tensor(lines, device=logits.device)]
+        everyone = choices + [other for _, other in forks]
+        try:
+            picks = self._sampler.pick(logits, [choice.sequence for choice in everyone])
+        except Exception as error:
+            failed = Ended(error=job_error(error))
+            for ticket in {choice.answers.ticket for choice in everyone}:
+                self._end(ticket, failed, outputs)
+            return
+        for (run, choice), picked in zip(forks, picks[len(runs) :], strict=True):
+            if self._accept(choice, picked, outputs):
+                self._fork(run, choice)
+        gone = []
+        for run, picked in zip(runs, picks, strict=False):
+            if self._accept(run.owner, picked, outputs):
+                run.row.last_id = picked.token
             else:
-                self._batches.append(Batch(self._forward, sequence, cache, columns))
-        except Exception as error:
-            rows = self._batches.pop(0).rows if joins else []  # some of its layers may have the row, and some not
-            return _failed([*rows, sequence], error)
-        return [first]
+                gone.append(run)
+        if gone:
+            self.scheduler.leave(gone)
 
-    def _decode(self, batch: Batch[Sequence]) -> list[Output]:
+    def _accept(self, choice: Choice, picked: Picked, outputs: list[Output]) -> bool:
+        """Takes a token in and tells what it says; False: this choice goes no further."""
+        answers = choice.answers
+        if answers.ticket not in self._tickets:
+            return False  # another choice of the same job failed in this step
         try:
-            tokens = sample(batch.decode(), [row.draw() for row in batch.rows])
-        except Exception as error:  # the cache of this batch is undefined now
-            self._batches.remove(batch)
-            return _failed(batch.rows, error)
-        outputs = [_accept(row, token) for row, token in zip(batch.rows, tokens, strict=True)]
-        ended = {output.ticket for output in outputs if output.ended is not None}
-        return outputs + self._leave(batch, ended) if ended else outputs
+            output = choice.accept(picked)
+        except Exception as error:  # tokens that this tokenizer cannot decode: its neighbours go on
+            self._end(answers.ticket, Ended(error=job_error(error)), outputs)
+            return False
+        outputs.append(output)
+        if output.ended is not None:
+            del self._tickets[answers.ticket]
+            return False
+        return answers.count == 1 or not answers.has_ended(choice)
 
-    def _leave(self, batch: Batch[Sequence], gone: set[str]) -> list[Output]:
-        """Takes rows out of a batch; the outputs are the ends of the others if that fails (out of memory)."""
-        kept = [i for i, row in enumerate(batch.rows) if row.ticket not in gone]
-        if not kept:
-            self._batches.remove(batch)
-            return []
-        rows = [batch.rows[i] for i in kept]
+    def _fork(self, run: Run, choice: Choice) -> None:
+        """Lets another choice go on from where the prompt of a run ended."""
+        ids = choice.tokens()
+        new = Run(Row(run.row.namespace, run.row.inputs), ids, choice)
+        self._tickets[choice.answers.ticket].append(new)
         try:
-            batch.keep(kept)
-        except Exception as error:
-            self._batches.remove(batch)
-            return _failed(rows, error)
+            shares = self.way.fork(run.row, new.row)
+        except (RuntimeError, MemoryError) as error:
+            job_error(error)  # raises if it is the end of the device
+            shares = False
+        if shares:
+            new.row.last_id = ids[-1]
+            self.scheduler.join(new)
+        else:
+            self.scheduler.submit(new, next_in_line=True)
+
+    def _start_ready(self, outputs: list[Output]) -> None:
+        """Starts what need not wait for its grammar any more."""
+        for choice in list(self._compiling):
+            if choice not in self._compiling:
+                continue  # another choice of its job failed
+            try:
+                if choice.sequence.ready:
+                    self._compiling.remove(choice)
+                    self._start(choice)
+            except InvalidRequestError as error:
+                self._end(choice.answers.ticket, Ended(error=error), outputs)
+
+    def _start(self, choice: Choice) -> None:
+        run = Run(Row(), choice.tokens(), choice)
+        self._tickets.setdefault(choice.answers.ticket, []).append(run)
+        self.scheduler.submit(run)
+
+    def _forget(self, ticket: str) -> None:
+        self.scheduler.leave(self._tickets.pop(ticket, ()))
+        self._compiling = [choice for choice in self._compiling if choice.answers.ticket != ticket]
+
+    def _end(self, ticket: str, ended: Ended, outputs: list[Output]) -> None:
+        self._forget(ticket)
+        outputs.append(Output(ticket, ended=ended))
+
+
+def _halves(part: Part) -> list[Part]:
+    """Smaller parts of a part that failed; none if it has one row."""
+    if len(part.rows) == 1:
         return []
-
-    def _sequence(self, request: Request) -> Sequence:
-        job, sampling = request.job, request.job.sampling
-        prompt = self._render(job)
-        return Sequence(
-            ticket=request.ticket,
-            prompt=prompt,
-            limit=self._limit(len(prompt), sampling.max_tokens),
-            sampling=sampling,
-            eos_ids=frozenset() if sampling.ignore_eos else self._loaded.eos_ids,
-            detokenizer=Detokenizer(self._decode_ids),
-            stop=StopMatcher(sampling.stop),
-        )
-
-    def _decode_ids(self, ids: list[int]) -> str:
-        text = self._loaded.tokenizer.decode(ids, skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
-
-    def _render(self, job: Job) -> list[int]:
-        """Messages -> prompt token ids, through the tokenizer's own chat template.
-
-        Control tokens that a user typed are encoded as ordinary text (``sanitize_control_tokens``).
-        """
-        messages = [message.model_dump(exclude_defaults=True) for message in job.messages]
-        try:
-            encoded = self._loaded.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, sanitize_control_tokens=True
-            )
-        except Exception as error:  # templates raise what they like, e.g. on roles that do not alternate
-            raise InvalidRequestError(
-                f"The chat template of {job.model!r} refuses these messages: {error}", param="messages"
-            ) from error
-        ids: list[int] = encoded["input_ids"]  # type: ignore[index, call-overload, assignment]
-        if not ids:
-            raise InvalidRequestError(
-                f"The chat template of {job.model!r} makes an empty prompt of them.", param="messages"
-            )
-        if max(ids) >= self._vocabulary:
-            raise InvalidRequestError(
-                f"The tokenizer of {job.model!r} gives token {max(ids)}, beyond its vocabulary of {self._vocabulary}.",
-                param="messages",
-            )
-        return ids
-
-    def _limit(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        """Tokens that this request may generate."""
-        context = self._loaded.context_length
-        if context is None:
-            return max_tokens or 2**31
-        if prompt_tokens + (max_tokens or 1) > context:
-            asked = f" and {max_tokens} for the completion" if max_tokens else ""
-            raise ContextLengthError(
-                f"This model's maximum context length is {context} tokens, but the request asks for {prompt_tokens} "
-                f"in the messages{asked}. Shorten the messages or lower max_tokens.",
-                param="messages",
-            )
-        return max_tokens or context - prompt_tokens
+    if part.pieces:
+        alone = [Part([], [piece]) for piece in part.pieces]
+        return [Part(part.decode, []), *alone] if part.decode else alone
+    middle = len(part.decode) // 2
+    return [Part(part.decode[:middle], []), Part(part.decode[middle:], [])]
 
 
-def _accept(sequence: Sequence, token: int) -> Output:
+def build(name: str, slots: int, loaded: Loaded, kv_bytes: int | None = None) -> Engine:
+    """The engine for a loaded model: the step loop, or `generate` for what that cannot run."""
+    if loaded.model.config.is_encoder_decoder:
+        return GenerateEngine(name, slots, loaded)
     try:
-        return sequence.accept(token)
-    except Exception as error:  # tokens that this tokenizer cannot decode: its neighbours go on
-        [failure] = _failed([sequence], error)
-        return failure
-
-
-def _failed(rows: list[Sequence], error: Exception) -> list[Output]:
-    ended = Ended(error=job_error(error))
-    return [Output(row.ticket, ended=ended) for row in rows]
+        return TransformersEngine(name, slots, loaded, kv_bytes)
+    except NoWayError as error:
+        log.warning("the step loop cannot run this model", model=name, why=str(error))
+        return GenerateEngine(name, slots, loaded)

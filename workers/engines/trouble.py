@@ -2,7 +2,7 @@
 
 import torch
 
-from fastchat_q.errors import JobFailedError, RetryableError
+from fastchat_q.errors import FastchatQError, JobFailedError, RetryableError
 
 from .base import OUT_OF_MEMORY
 
@@ -11,13 +11,15 @@ ALLOCATION_MESSAGES = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 DEVICE_MESSAGES = ("CUDA error", "CUDNN_STATUS", "CUBLAS_STATUS", "NCCL error", "HIP error")
 
 
-def job_error(error: Exception) -> JobFailedError:
+def job_error(error: Exception) -> FastchatQError:
     """The error with which the jobs of a failed step end.
 
     Raises:
         Exception: the same error: the device does not work any more, so every later step would fail too. The process
             has to end; its jobs have lost a worker, which counts as evidence against them.
     """
+    if isinstance(error, FastchatQError):
+        return error
     said = f"{type(error).__name__}: {error}"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(error, ALLOCATION_MESSAGES):
         return RetryableError(f"The worker ran out of memory: {said}", code=OUT_OF_MEMORY)

@@ -1,0 +1,144 @@
+"""From a parsed request to its answer: admitted, queued as a job, and rendered. The line that all endpoints share."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import orjson
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import BaseModel
+
+from fastchat_q.abilities import check_can_do
+from fastchat_q.errors import FastchatQError, InvalidRequestError
+from fastchat_q.events import End, Event
+from fastchat_q.jobs import Job
+from fastchat_q.keys import public_job_id
+from fastchat_q.loops import PreemptedError, unless
+from fastchat_q.queue import KEEP_S, Terms
+from fastchat_q.tenants import Caller
+
+from . import render
+from .admission import admit, resolve
+from .auth import caller_of
+from .limits import NOTHING, Reservation
+from .problems import error_response
+from .service import Service, service_of
+from .streaming import JobStreamResponse, disconnected, raise_if_failed, sse
+
+CLIENT_CLOSED_REQUEST = 499
+MAX_IDEMPOTENCY_KEY = 255
+MODEL_HEADER = "x-fastchat-q-model"
+"""The model that the answer is of; the body names what was asked for, which may be an alias."""
+
+Whole = Callable[[render.View, Sequence[Event], End], dict[str, Any]]
+"""Makes the body of an answer that is not streamed."""
+
+
+async def answer(
+    request: Request,
+    body: BaseModel,
+    job: Job,
+    view: render.View,
+    whole: Whole,
+    *,
+    stream: bool = False,
+    detached: bool = False,
+    spelt: Mapping[str, str] = MappingProxyType({}),
+) -> Response:
+    """Queues a job and answers with what a worker makes of it.
+
+    Args:
+        body: as parsed: what an idempotency key stands for.
+        stream: with server-sent events, as they come.
+        detached: the job is done though its client goes.
+        spelt: parameters that have another name in the request than in the job.
+    """
+    service, caller = service_of(request), caller_of(request)
+    idempotency = _idempotency(body, request)
+    key_digest = idempotency[0] if idempotency else ""
+    asked = job.model
+    model = await resolve(service.catalog, service.queue, caller.tenant, asked, job.id, key_digest)
+    job = job.model_copy(update={"model": model})
+    known = idempotency is not None and await service.queue.is_known(job.model, caller.tenant, idempotency[0])
+    if not known:  # an answer that is there needs no worker
+        card = await admit(service.catalog, caller, job.model, job.lane, asked=asked)
+        if card is not None:
+            check_can_do(card, job, spelt)
+    terms = _terms(service, caller, job, view, idempotency, detached=detached)
+    reservation = Reservation(caller) if known else await service.limits.reserve(caller, job)
+    try:
+        events = await service.relay.submit(job, terms)
+    except BaseException:
+        service.limits.settle(reservation, NOTHING)
+        raise
+    if events.view:  # the idempotency key found an earlier job
+        view = render.View.from_json(events.view)
+    headers = {MODEL_HEADER: job.model, "x-job-id": public_job_id(job.model, events.job_id), **reservation.headers}
+
+    def leave() -> None:
+        service.relay.leave(events, grace_s)
+        service.limits.settle(reservation, NOTHING if events.view else events.usage)  # an earlier job has paid
+
+    grace_s = service.settings.disconnect_grace_s if stream or terms.idempotency else 0.0
+    handed_over = False
+    try:
+        if not stream:
+            received, end = await unless(disconnected(request), events.collect())
+            raise_if_failed(end)
+            return Response(render.to_json(whole(view, received, end)), 200, headers, "application/json")
+        first = await unless(disconnected(request), events.take(service.settings.queue_comment_after_s))
+        if first and isinstance(first[-1], End):
+            raise_if_failed(first[-1])  # still a status of its own: no byte is out
+        chunks = sse(events, first, render.ChunkWriter(view))
+        response = JobStreamResponse(events, leave, chunks, headers, service.settings.drain_s)
+        handed_over = True
+        return response
+    except PreemptedError:  # the client is gone: nobody is left to answer
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    except FastchatQError as error:
+        return error_response(error, headers)
+    finally:
+        if not handed_over:
+            leave()
+
+
+def _terms(
+    service: Service,
+    caller: Caller,
+    job: Job,
+    view: render.View,
+    idempotency: tuple[str, str] | None,
+    *,
+    detached: bool,
+) -> Terms:
+    settings = service.settings
+    return Terms(
+        tenant=caller.tenant,
+        weight=caller.weight,
+        max_queued=caller.max_queued or 0,
+        max_parallel=caller.max_parallel or 0,
+        max_waiting=settings.max_waiting,
+        queue_deadline_s=settings.queue_deadline_s,
+        deadline_s=settings.deadline_s,
+        keep_s=settings.result_ttl_s if detached or idempotency else KEEP_S,
+        detached=detached,
+        view=view.to_json(),
+        idempotency=idempotency,
+        slots=service.catalog.slots(job.model),
+    )
+
+
+def _idempotency(body: BaseModel, request: Request) -> tuple[str, str] | None:
+    """Digests of the client's key and of what the request asks for, in whatever order its fields came."""
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not 0 < len(key) <= MAX_IDEMPOTENCY_KEY:
+        raise InvalidRequestError(
+            f"The header Idempotency-Key has {len(key)} characters; it needs 1 to {MAX_IDEMPOTENCY_KEY}.",
+            code="invalid_idempotency_key",
+        )
+    canonical = orjson.dumps(body.model_dump(mode="json", exclude_unset=True), option=orjson.OPT_SORT_KEYS)
+    return hashlib.sha256(key.encode()).hexdigest(), hashlib.sha256(canonical).hexdigest()

@@ -1,0 +1,104 @@
+"""``POST /v1/embeddings``: the texts of a request are one job, and each vector a piece of its answer."""
+
+import re
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+from ulid import ULID
+
+from fastchat_q.events import End, Event
+from fastchat_q.jobs import Job, Lane
+
+from .asking import answer
+from .fields import Strict, Text
+from .render import View
+from .schemas import LANES, MAX_TOKEN_ID
+from .service import service_of
+from .vectors import check_count, floats, prompt_usage, vectors
+
+router = APIRouter(tags=["embeddings"])
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+Inputs = tuple[str | tuple[int, ...], ...]
+
+
+def _inputs(value: Any) -> Inputs:
+    """A text, token ids, or a list of one of these, as a tuple of what is to be embedded.
+
+    By hand, for of the four branches of a union nobody could say which one was meant.
+    """
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise PydanticCustomError("inputs", "Input should be a text, token ids, or a list of texts or of token ids")
+    if isinstance(value[0], int):
+        value = [value]
+    inputs = tuple([tuple(one) if isinstance(one, list) else one for one in value])
+    for number, one in enumerate(inputs):
+        if type(one) is not type(inputs[0]) or not isinstance(one, str | tuple):
+            raise PydanticCustomError(
+                "inputs",
+                "Input {number} is neither a text nor token ids, or not as those before it",
+                {"number": number},
+            )
+        if not one:
+            raise PydanticCustomError("inputs", "Input {number} is empty", {"number": number})
+        if isinstance(one, tuple) and not all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in one):
+            raise PydanticCustomError("inputs", "Input {number} holds what is no token id", {"number": number})
+        if isinstance(one, str) and SURROGATE.search(one):
+            raise PydanticCustomError(
+                "inputs", "Input {number} is no valid Unicode: it has lone surrogates", {"number": number}
+            )
+    return inputs
+
+
+class EmbeddingRequest(Strict):
+    """The body of ``POST /v1/embeddings``."""
+
+    model: str = Field(min_length=1, max_length=256)
+    input: Annotated[
+        Inputs,
+        BeforeValidator(_inputs, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    ]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(default=None, ge=1, lt=2**31)
+    """How many numbers a vector has; absent: as many as the model makes."""
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    """Extension, as in chats: ``flex`` waits in the batch lane."""
+    user: Text | None = None
+
+    def to_job(self) -> Job:
+        """One frozen job with a new id."""
+        lane: Lane = LANES.get(self.service_tier, "hi")
+        return Job(
+            id=str(ULID()), model=self.model, kind="embed", lane=lane, inputs=self.input, dimensions=self.dimensions
+        )
+
+
+@router.post(
+    "/v1/embeddings",
+    summary="Create embeddings",
+    responses={200: {"description": "A list of embedding objects, in the order of the inputs."}},
+)
+async def create_embeddings(body: EmbeddingRequest, request: Request) -> Response:
+    """Queues all inputs as one job and answers with their vectors."""
+    check_count(len(body.input), "input", service_of(request).settings)
+    job = body.to_job()
+    view = View(job.id, job.model, int(time.time()), job.lane, kind=job.kind, n=len(job.inputs))
+    return await answer(request, body, job, view, partial(_embeddings, body.encoding_format == "base64"))
+
+
+def _embeddings(as_base64: bool, view: View, events: Sequence[Event], end: End) -> dict[str, Any]:
+    """OpenAI's list object."""
+    found = vectors(view.n, events)
+    data = [
+        {"object": "embedding", "index": index, "embedding": vector if as_base64 else floats(vector)}
+        for index, vector in enumerate(found)
+    ]
+    return {"object": "list", "data": data, "model": view.model, "usage": prompt_usage(end)}

@@ -1,0 +1,42 @@
+"""The tools of a chat request, in OpenAI's shape."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from .fields import NAME, JsonObject, Strict, Text
+
+
+class Function(Strict):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=NAME)
+    description: Text | None = None
+    parameters: JsonObject | None = None
+    """A JSON schema; none: no parameters."""
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+    def to_object(self) -> dict[str, Any]:
+        """OpenAI's object, without nulls, as chat templates take it."""
+        given = {name: value for name, value in self.function if value is not None}
+        return {"type": self.type, "function": given}
+
+
+class FunctionName(Strict):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedTool(Strict):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName

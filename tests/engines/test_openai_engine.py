@@ -1,0 +1,372 @@
+"""The forwarder to OpenAI-compatible servers at its own edges: what is sent, what is read, what an error means.
+
+Against a real stack: ``tests/test_forwarding.py``.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from fastchat_q.workers.engines.base import UPSTREAM_BUSY, Request
+from fastchat_q.workers.engines.openai_engine import connect
+from fastchat_q.workers.engines.openai_request import DIALECTS, PLAIN, request_body
+from fastchat_q.workers.engines.remote import Trouble, Upstream, job_error, retry_after_s
+
+from fastchat_q.errors import ConfigurationError, InvalidRequestError, RetryableError
+from fastchat_q.events import Piece, ToolCallDelta, Usage
+from fastchat_q.jobs import Guide, Job, Message, Part, Sampling
+from tests.servers import free_port, wait_until
+
+from .driving import Answer, Driver, job
+from .scripted import Asked, Reply, Scripted, scripted
+
+KEY = "sk-very-secret"
+PNG = b"\x89PNG\r\n\x1a\n rest"
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def models(*entries: dict[str, Any], owner: str = "someone") -> Reply:
+    listed = entries or ({"id": "m"},)
+    return Reply(
+        {"object": "list", "data": [{"object": "model", "created": 1, "owned_by": owner, **one} for one in listed]}
+    )
+
+
+def chunk(choice: dict[str, Any] | None = None, **fields: Any) -> str:
+    choices = [] if choice is None else [{"index": 0, "finish_reason": None, "delta": {}, **choice}]
+    body = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": choices, **fields}
+    return f"data: {json.dumps(body)}\n\n"
+
+
+def says(text: str, **choice: Any) -> str:
+    return chunk({"delta": {"content": text}, **choice})
+
+
+def stops(reason: str = "stop", **choice: Any) -> str:
+    return chunk({"finish_reason": reason, **choice})
+
+
+USAGE = chunk(usage={"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8})
+DONE = "data: [DONE]\n\n"
+
+
+def answer(*events: str) -> Reply:
+    return Reply(events=[*events, USAGE, DONE])
+
+
+@contextmanager
+def forwarding(*replies: Reply, owner: str = "someone") -> Iterator[tuple[Driver, Scripted]]:
+    """An engine before a server that gives these replies, one a request, the last one over and over."""
+    left = list(replies)
+
+    def script(asked: Asked) -> Reply:
+        if asked.method == "GET":
+            return models(owner=owner)
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    with scripted(script) as server:
+        engine = connect("m", 4, Upstream("m", f"{server.base}/v1", KEY))
+        driver = Driver(engine)
+        try:
+            yield driver, server
+        finally:
+            engine.stop()
+
+
+def resumed(driver: Driver, one: Job, *prior: Piece) -> Answer:
+    driver.take(Request(one, one.id, prior))
+    return driver.wait(one.id)[0]
+
+
+def error_of(answered: Answer) -> Any:
+    assert answered.ended is not None
+    return answered.ended.error
+
+
+FULL = Job(
+    id="j",
+    model="m",
+    messages=(
+        Message(role="system", content="Be brief."),
+        Message(role="user", content=(Part(type="text", text="What is this?"), Part(type="image", blob="abc"))),
+        Message(role="assistant", tool_calls=(CALL,)),
+        Message(role="tool", content="rain", tool_call_id="c1"),
+    ),
+    sampling=Sampling(
+        max_tokens=9, min_tokens=2, temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, presence_penalty=0.5,
+        frequency_penalty=-0.5, repetition_penalty=1.1, logit_bias={7: -100.0}, seed=3, stop=("END",),
+        stop_token_ids=(2,), ignore_eos=True, n=2, logprobs=4,
+        guide=Guide(kind="json_schema", value='{"type": "object"}'),
+    ),
+    tools=(TOOL,),
+    tool_choice="function:weather",
+    parallel_tool_calls=False,
+    template_kwargs={"enable_thinking": False, "reasoning_effort": "low"},
+)  # fmt: skip
+
+
+def test_all_that_a_job_says_is_sent() -> None:
+    assert request_body(FULL, "theirs", PLAIN, {"abc": PNG}) == {
+        "model": "theirs",
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "What is this?"},
+                    {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgogcmVzdA=="}},
+                ],
+            },
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "content": "rain", "tool_call_id": "c1"},
+        ],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_tokens": 9,
+        "min_tokens": 2,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 5,
+        "min_p": 0.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.1,
+        "logit_bias": {"7": -100.0},
+        "seed": 3,
+        "stop": ["END"],
+        "stop_token_ids": [2],
+        "ignore_eos": True,
+        "n": 2,
+        "logprobs": True,
+        "top_logprobs": 4,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": {"type": "object"}, "strict": True},
+        },
+        "tools": [TOOL],
+        "tool_choice": {"type": "function", "function": {"name": "weather"}},
+        "parallel_tool_calls": False,
+        "chat_template_kwargs": {"enable_thinking": False},
+        "reasoning_effort": "low",
+    }
+
+
+def test_what_a_job_does_not_set_is_not_sent() -> None:
+    body = request_body(job("j"), "m", PLAIN, {})
+    assert set(body) == {"model", "messages", "stream", "stream_options", "temperature", "top_p", "seed"}
+
+
+@pytest.mark.parametrize(
+    ("guide", "field"),
+    [
+        (Guide(kind="json_object"), {"response_format": {"type": "json_object"}}),
+        (Guide(kind="regex", value="a+"), {"structured_outputs": {"regex": "a+"}}),
+        (Guide(kind="choice", value='["a", "b"]'), {"structured_outputs": {"choice": ["a", "b"]}}),
+        (Guide(kind="grammar", value="start: 'a'"), {"structured_outputs": {"grammar": "start: 'a'"}}),
+    ],
+)
+def test_guides_that_openai_cannot_say_are_said_as_vllm_does(guide: Guide, field: dict[str, Any]) -> None:
+    one = job("j").model_copy(update={"sampling": Sampling(guide=guide)})
+    body = request_body(one, "m", PLAIN, {})
+    assert field.items() <= body.items()
+
+
+def test_servers_that_call_a_field_otherwise_get_their_own_name() -> None:
+    one = job("j", max_tokens=4).model_copy(
+        update={"sampling": Sampling(max_tokens=4, repetition_penalty=1.2, seed=-1)}
+    )
+    llama = request_body(one, "m", DIALECTS["llamacpp"], {})
+    assert (llama["repeat_penalty"], llama["top_k"], llama["min_p"], llama["seed"]) == (1.2, 0, 0.0, 2**31 - 1)
+    assert request_body(one, "m", DIALECTS["openai"], {})["max_completion_tokens"] == 4
+
+
+def test_text_reasoning_and_calls_arrive_as_pieces() -> None:
+    call = {"index": 0, "id": "c1", "function": {"name": "weather", "arguments": ""}}
+    events = [
+        chunk({"delta": {"role": "assistant", "content": ""}}),
+        chunk({"delta": {"reasoning_content": "Hm"}}),
+        chunk({"delta": {"reasoning": "."}}),
+        says("Hi"),
+        chunk({"delta": {"tool_calls": [call]}}),
+        chunk({"delta": {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}}),
+        stops("tool_calls"),
+    ]
+    with forwarding(answer(*events)) as (driver, server):
+        (got,) = driver.run(job("j"))
+    assert got.pieces == [
+        Piece(reasoning="Hm", units=1),
+        Piece(reasoning=".", units=1),
+        Piece(text="Hi", units=1),
+        Piece(tool_calls=(ToolCallDelta(0, "", "c1", "weather"),), units=1),
+        Piece(tool_calls=(ToolCallDelta(0, "{}"),), units=1),
+    ]
+    assert (got.finish_reason, got.usage) == ("tool_calls", Usage(5, 3))
+    assert server.asked[-1].headers["authorization"] == f"Bearer {KEY}"
+
+
+def test_several_answers_keep_apart_and_each_has_its_end() -> None:
+    events = [says("a", index=0), says("b", index=1), stops(index=1), says("c", index=0), stops("length", index=0)]
+    one = job("j").model_copy(update={"sampling": Sampling(n=2)})
+    with forwarding(answer(*events)) as (driver, _):
+        (got,) = driver.run(one)
+    assert [(piece.choice, piece.text, piece.finish) for piece in got.pieces] == [
+        (0, "a", None), (1, "b", None), (1, "", "stop"), (0, "c", None), (0, "", "length")
+    ]  # fmt: skip
+
+
+def test_log_probabilities_arrive() -> None:
+    top = [{"token": "a", "logprob": -0.1, "bytes": [97]}, {"token": "b", "logprob": -2.0, "bytes": [98]}]
+    with forwarding(answer(says("a", logprobs={"content": [{**top[0], "top_logprobs": top}]}), stops())) as (driver, _):
+        (got,) = driver.run(job("j"))
+    (one,) = got.pieces[0].logprobs
+    assert (one.token, one.logprob, [other.token for other in one.top]) == ("a", -0.1, ["a", "b"])
+
+
+def test_a_cancelled_request_hangs_up_at_once() -> None:
+    with forwarding(Reply(events=[says("Hi")], hold=True)) as (driver, server):
+        driver.submit(job("j"))
+        driver.wait_text("j", "Hi")
+        driver.engine.cancel("j")
+        assert server.hung_up.wait(5)
+
+
+def test_a_stopped_engine_hangs_up() -> None:
+    with forwarding(Reply(events=[says("Hi")], hold=True)) as (driver, server):
+        driver.submit(job("j"))
+        driver.wait_text("j", "Hi")
+        driver.engine.stop()
+        assert server.hung_up.wait(5)
+
+
+@pytest.mark.parametrize("how", [{"cut": True}, {}])
+def test_an_answer_without_its_end_is_tried_again(how: dict[str, bool]) -> None:
+    with forwarding(Reply(events=[says("Hi")], **how)) as (driver, _):
+        (got,) = driver.run(job("j"))
+    assert isinstance(error_of(got), RetryableError)
+
+
+def counted(text: str, tokens: int) -> str:
+    """A chunk that says how many tokens there are by now, as vLLM's do."""
+    return chunk({"delta": {"content": text}}, usage={"prompt_tokens": 8, "completion_tokens": tokens})
+
+
+def test_a_server_that_goes_on_with_a_text_is_asked_to_and_all_tokens_are_counted() -> None:
+    events = [counted(" wor", 2), counted("ld", 3), stops(), DONE]
+    with forwarding(Reply(events=events), owner="vllm") as (driver, server):
+        got = resumed(driver, job("j", max_tokens=9), Piece(text="Hello", units=3))
+    body = server.bodies[0]
+    assert body["messages"][-1] == {"role": "assistant", "content": "Hello"}
+    assert (body["continue_final_message"], body["add_generation_prompt"], body["max_tokens"]) == (True, False, 6)
+    assert got.pieces == [Piece(text=" wor", units=2), Piece(text="ld", units=1)]
+    assert got.usage == Usage(5, 6)
+
+
+def test_a_space_at_the_end_of_what_was_sent_has_to_come_again() -> None:
+    events = [counted(" wor", 2), counted("ld", 3), stops(), DONE]
+    without = Reply(events=[counted("ld", 1), stops(), DONE])
+    with forwarding(Reply(events=events), without, owner="vllm") as (driver, server):
+        got = resumed(driver, job("j"), Piece(text="Hello ", units=3))
+        assert (got.text, server.bodies[0]["messages"][-1]["content"]) == ("world", "Hello")
+        got = resumed(driver, job("k"), Piece(text="Hello ", units=3))
+        assert error_of(got).code == "cannot_resume"
+
+
+def test_other_servers_are_asked_anew_and_what_was_sent_is_skipped() -> None:
+    with forwarding(answer(says("Hello"), says(" world"), stops())) as (driver, server):
+        got = resumed(driver, job("j"), Piece(text="Hello wo", units=2))
+    assert (got.text, got.usage) == ("rld", Usage(5, 3))
+    assert len(server.bodies[0]["messages"]) == 1
+
+
+@pytest.mark.parametrize("sampling", [Sampling(n=2), Sampling(logprobs=1), Sampling(guide=Guide(kind="json_object"))])
+def test_what_a_text_alone_does_not_say_is_not_gone_on_with(sampling: Sampling) -> None:
+    events = [says("ab"), stops(), says("c", index=1), stops(index=1)]
+    with forwarding(answer(*events), owner="vllm") as (driver, server):
+        resumed(driver, job("j").model_copy(update={"sampling": sampling}), Piece(text="a", units=1))
+    assert "continue_final_message" not in server.bodies[0]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_left_alone_for_as_long_as_it_asks(status: int) -> None:
+    busy = Reply({"error": {"message": "later"}}, status, {"retry-after": "7"})
+    with forwarding(busy) as (driver, _):
+        (got,) = driver.run(job("j"))
+        error = error_of(got)
+        assert "a pause of 7 s" in driver.engine.trouble
+    assert (error.code, error.counts) == (UPSTREAM_BUSY, False)
+    assert 7 <= error.retry_after_s <= 9
+
+
+def test_a_server_that_is_away_is_looked_for_until_it_is_back() -> None:
+    port = free_port()
+    engine = connect("m", 1, Upstream("m", f"http://127.0.0.1:{port}/v1", None))
+    driver = Driver(engine)
+    (got,) = driver.run(job("j"))
+    assert (error_of(got).code, error_of(got).counts) == ("upstream_away", False)
+    assert "cannot be reached" in engine.trouble
+    with scripted(lambda asked: models() if asked.method == "GET" else answer(says("Hi"), stops()), port):
+        wait_until(lambda: not engine.trouble, "it is found again")
+        assert driver.run(job("k"))[0].text == "Hi"
+        engine.stop()
+
+
+def test_a_request_that_upstream_refuses_is_refused_in_its_words() -> None:
+    body = {"error": {"message": "top_k is too large", "type": "invalid_request_error", "param": "top_k", "code": None}}
+    with forwarding(Reply(body, 400)) as (driver, _):
+        (got,) = driver.run(job("j"))
+    error = error_of(got)
+    assert isinstance(error, InvalidRequestError)
+    assert (error.status, error.message, error.param) == (400, "top_k is too large", "top_k")
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_the_operator_got_wrong_is_no_fault_of_the_client_and_tells_no_secret(status: int) -> None:
+    body = {"error": {"message": f"Incorrect API key provided: {KEY}", "code": "invalid_api_key"}}
+    with forwarding(Reply(body, status)) as (driver, _):
+        (got,) = driver.run(job("j"))
+    error = error_of(got)
+    assert (error.status, error.code, KEY in error.message) == (502, "upstream_refused", False)
+    assert not isinstance(error, RetryableError)
+
+
+@pytest.mark.parametrize(
+    ("event", "code", "retried"),
+    [
+        ({"message": "no", "type": "BadRequestError", "code": 400}, None, False),
+        ({"message": "slow down", "type": "rate_limit_error", "code": None}, UPSTREAM_BUSY, True),
+        ({"message": "it broke", "type": "server_error", "code": "engine_error"}, "upstream_error", True),
+    ],
+)
+def test_an_error_within_a_stream_means_what_it_says(event: dict[str, Any], code: str | None, retried: bool) -> None:
+    with forwarding(Reply(events=[says("Hi"), f"data: {json.dumps({'error': event})}\n\n"])) as (driver, _):
+        (got,) = driver.run(job("j"))
+    assert (error_of(got).code, isinstance(error_of(got), RetryableError)) == (code, retried)
+
+
+def test_a_quota_that_is_used_up_is_no_reason_to_wait() -> None:
+    error = job_error(Trouble(429, "You exceeded your current quota", code="insufficient_quota"))
+    assert (error.status, isinstance(error, RetryableError)) == (502, False)
+
+
+def test_a_retry_after_is_seconds_or_a_date() -> None:
+    assert retry_after_s({"retry-after": "3"}) == 3
+    assert retry_after_s({}) is None
+    assert retry_after_s({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
+    assert retry_after_s({"retry-after": "soon"}) is None
+
+
+def test_a_card_tells_the_context_that_upstream_tells() -> None:
+    with scripted(lambda _: models({"id": "m", "max_model_len": 4096})) as server:
+        assert connect("mine", 1, Upstream("m", f"{server.base}/v1", None)).card.context_length == 4096
+
+
+def test_a_key_that_is_refused_is_told_at_the_start() -> None:
+    with (
+        scripted(lambda _: Reply({"error": {"message": f"bad {KEY}"}}, 401)) as server,
+        pytest.raises(ConfigurationError, match="refuses the key") as raised,
+    ):
+        connect("mine", 1, Upstream("m", f"{server.base}/v1", KEY))
+    assert KEY not in str(raised.value)

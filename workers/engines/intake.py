@@ -1,0 +1,119 @@
+"""From a request to sequences that can run: prompt rendered and checked, limits, what an earlier attempt said."""
+
+from dataclasses import dataclass, field
+
+from fastchat_q.events import Usage
+
+from .base import Ended, Output, Request
+from .loading import Loaded
+from .rendering import Renderer, token_limit
+from .rules import ModelRules
+from .sequence import Language, Picked, Sequence
+from .structured import Guides
+from .text import TokenTexts
+
+COMPILING_S = 0.005
+"""How often an engine looks whether a grammar is compiled, when nothing else is to be done."""
+FEATURES = ("n", "sampling", "penalties", "logprobs", "structured_outputs")
+"""What every engine can do that takes its requests in here and draws their tokens with `Sampler`."""
+
+
+@dataclass(eq=False, slots=True)
+class Choice:
+    """One of the answers that a job asks for."""
+
+    answers: "Answers"
+    index: int
+    sequence: Sequence
+    waiting: list["Choice"] = field(default_factory=list)
+    """Choices that begin where the prompt of this one ends."""
+
+    def tokens(self) -> list[int]:
+        """All tokens so far, the prompt's first."""
+        return self.sequence.prompt + self.sequence.ids
+
+    def accept(self, picked: Picked) -> Output:
+        """Takes the next token in. The output ends if the job ends."""
+        output = self.sequence.accept(picked)
+        return output if self.answers.count == 1 else self.answers.tell(self, output)
+
+
+@dataclass(eq=False, slots=True)
+class Answers:
+    """All choices of a job; it ends with the last of them."""
+
+    ticket: str
+    choices: list[Choice] = field(default_factory=list)
+    _ended: dict[int, Ended] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return len(self.choices)
+
+    def has_ended(self, choice: Choice) -> bool:
+        """Whether a choice of several has ended."""
+        return choice.index in self._ended
+
+    def tell(self, choice: Choice, output: Output) -> Output:
+        """What one choice said, as the job's output."""
+        finish = None
+        if output.ended is not None:
+            finish = output.ended.finish_reason
+            self._ended[choice.index] = output.ended
+        pieces = output.pieces
+        if finish is not None:
+            pieces = (*pieces[:-1], pieces[-1]._replace(finish=finish))
+        return Output(self.ticket, pieces, self._end())
+
+    def _end(self) -> Ended | None:
+        if len(self._ended) < self.count:
+            return None
+        usages = [ended.usage for ended in self._ended.values() if ended.usage is not None]
+        usage = Usage(usages[0].prompt_tokens, sum(usage.completion_tokens for usage in usages))
+        return Ended(usage, self._ended[0].finish_reason)
+
+
+class Intake:
+    """Makes sequences of requests, for one model.
+
+    Args:
+        room: tokens that a request may have in memory, if that is less than the model's context.
+    """
+
+    def __init__(self, loaded: Loaded, room: int | None = None) -> None:
+        self._loaded = loaded
+        self._room = room
+        vocabulary = loaded.model.config.get_text_config().vocab_size
+        self._renderer = Renderer(loaded.tokenizer, vocabulary, loaded.chat, loaded.adapter)
+        self.texts = TokenTexts(loaded.tokenizer)
+        guides = Guides(loaded.tokenizer, vocabulary, loaded.eos_ids)
+        rules = ModelRules.of(loaded.model)
+        self._language = Language(vocabulary, loaded.eos_ids, self._decode_ids, guides, rules, self._renderer.stop)
+
+    def answers(self, request: Request) -> tuple[Answers, Ended | None]:
+        """The choices of a job with what they have said already, and its end if that was all.
+
+        Raises:
+            InvalidRequestError: it cannot be served.
+        """
+        job = request.job
+        prompt = self._renderer.prompt(job)
+        limit = token_limit(self._loaded.context_length, len(prompt), job.sampling.max_tokens, self._room)
+        answers = Answers(request.ticket)
+        for index in range(job.sampling.n):
+            answers.choices.append(Choice(answers, index, self._sequence(request, prompt, limit, index)))
+        last: Ended | None = None
+        for choice in answers.choices:
+            for token in request.prior_ids(choice.index):  # its output is known: text and stop state are rebuilt
+                if (ended := choice.accept(Picked(token)).ended) is not None:
+                    last = ended
+                    break
+        return answers, last
+
+    def _sequence(self, request: Request, prompt: list[int], limit: int, index: int) -> Sequence:
+        return Sequence(request.ticket, prompt, limit, request.job.sampling, self._language, index)
+
+    def _decode_ids(self, ids: list[int]) -> str:
+        text = self._loaded.tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text

@@ -1,0 +1,255 @@
+"""From a job's messages to prompt token ids: the chat template, tools, and what a client must not be able to forge."""
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastchat_q.workers.adapters import Templates
+from fastchat_q.workers.families import Choice, choose
+from fastchat_q.workers.families.choice import declared_names
+from transformers import PreTrainedTokenizerBase
+
+from fastchat_q.errors import ContextLengthError, InvalidRequestError
+from fastchat_q.jobs import Job, Message
+
+CONTINUE = "continue_final_message"
+"""In ``template_kwargs``: the answer goes on where the last message, the assistant's, stops."""
+RESERVED = {
+    *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+    *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES,
+    "messages",
+} - {CONTINUE}
+"""What ``template_kwargs`` may not hold: it is ours to say, or would replace the template itself."""
+
+
+def give_template(
+    tokenizer: PreTrainedTokenizerBase, source: str, path: str, config: Mapping[str, Any], wanted: str | None
+) -> Choice:
+    """Chooses the chat template of a model and sets it as its tokenizer's.
+
+    Args:
+        path: the folder or hub id that it was loaded from.
+        config: config.json as it is in the file.
+        wanted: ``--chat-template``.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    own = tokenizer.chat_template
+    card = _model_card(path) if own is None and wanted is None else {}
+    choice = choose(wanted, own, config.get("model_type"), declared_names(source, config, card), source)
+    tokenizer.chat_template = choice.template
+    return choice
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, choice: Choice) -> frozenset[int]:
+    """The tokens by which a family ends its turn, for a template that is not the model's own.
+
+    Those given by number count only if the model itself names the family: they are of its vocabulary.
+    """
+    if choice.origin == "model":
+        return frozenset()
+    vocabulary = tokenizer.get_vocab()
+    ids = {vocabulary[token] for token in choice.family.stop_tokens if token in vocabulary}
+    return frozenset(ids.union(choice.family.stop_token_ids if choice.declared else ()))
+
+
+class Renderer:
+    """Renders jobs for one tokenizer."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: int,
+        choice: Choice | None = None,
+        adapter: object | None = None,
+    ) -> None:
+        """
+        Args:
+            vocabulary: the model's number of tokens.
+            choice: what `give_template` set; None: the tokenizer's own template.
+        """
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._adapter = adapter if isinstance(adapter, Templates) else None
+        bundled = self._adapter is not None or (choice is not None and choice.origin == "row")
+        self._start = _start_ids(tokenizer) if bundled else []
+        self.stop: tuple[str, ...] = choice.family.stop if choice is not None and choice.origin != "model" else ()
+        """Texts that end an answer, beside the job's own."""
+
+    def prompt(self, job: Job) -> list[int]:
+        """Messages -> prompt token ids.
+
+        Control tokens that a user typed are encoded as ordinary text (``sanitize_control_tokens``).
+
+        Raises:
+            InvalidRequestError: the template refuses the messages or tools, or makes nothing of them.
+        """
+        messages = [_message(message) for message in job.messages]
+        tools = list(job.tools) if job.tools and job.tool_choice != "none" else None
+        options = self._options(job)
+        try:
+            ids = self._ids(messages, tools, options)
+        except Exception as error:  # templates raise what they like, e.g. on roles that do not alternate
+            raise InvalidRequestError(
+                f"The chat template of {job.model!r} refuses these messages: {error}", param="messages"
+            ) from error
+        if ids[: len(self._start)] != self._start:
+            ids = self._start + ids
+        if not ids:
+            raise InvalidRequestError(
+                f"The chat template of {job.model!r} makes an empty prompt of them.", param="messages"
+            )
+        if max(ids) >= self._vocabulary:
+            raise InvalidRequestError(
+                f"The tokenizer of {job.model!r} gives token {max(ids)}, beyond its vocabulary of {self._vocabulary}.",
+                param="messages",
+            )
+        return ids
+
+    def _ids(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, options: dict[str, Any]
+    ) -> list[int]:
+        if self._adapter is not None:
+            return self._adapted(self._adapter, messages, tools, options)
+        try:
+            return self._apply(messages, tools, options)
+        except TypeError:  # some templates join the arguments of calls as text (DeepSeek's), most write them as JSON
+            if not any("tool_calls" in message for message in messages):
+                raise
+            return self._apply([_with_text_arguments(message) for message in messages], tools, options)
+
+    def _adapted(
+        self,
+        adapter: Templates,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        options: dict[str, Any],
+    ) -> list[int]:
+        mark: Any = self._tokenizer._mark_chat_inputs  # private, and what apply_chat_template itself calls
+        [messages], tools, _, options = mark("", [messages], tools, None, options, True, False)
+        text = adapter.template(messages, tools=tools, **options)
+        call: Any = self._tokenizer
+        ids: list[int] = call(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
+        return ids
+
+    def _apply(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, options: dict[str, Any]
+    ) -> list[int]:
+        encoded = self._tokenizer.apply_chat_template(
+            messages,
+            tools=tools,  # type: ignore[arg-type]
+            add_generation_prompt=not options.get(CONTINUE),
+            tokenize=True,
+            return_dict=True,
+            sanitize_control_tokens=True,
+            **options,
+        )
+        ids: list[int] = encoded["input_ids"]  # type: ignore[index, call-overload, assignment]
+        return ids
+
+    def _options(self, job: Job) -> dict[str, Any]:
+        options = job.template_kwargs
+        if wrong := sorted(RESERVED.intersection(options)):
+            raise InvalidRequestError(
+                f"chat_template_kwargs may not hold {wrong[0]!r}: it is the server's to say.",
+                param="chat_template_kwargs",
+            )
+        if options.get(CONTINUE) and job.messages[-1].role != "assistant":
+            raise InvalidRequestError(
+                f"{CONTINUE} needs a last message of the assistant, not of the {job.messages[-1].role}.",
+                param="messages",
+            )
+        return options
+
+
+def token_limit(context: int | None, prompt_tokens: int, max_tokens: int | None, room: int | None = None) -> int:
+    """Tokens that a request may generate.
+
+    Args:
+        room: tokens that a request may have in memory, if that is limited.
+
+    Raises:
+        ContextLengthError: prompt and completion do not fit.
+    """
+    asked = f" and {max_tokens} for the completion" if max_tokens else ""
+    if context is not None and prompt_tokens + (max_tokens or 1) > context:
+        raise ContextLengthError(
+            f"This model's maximum context length is {context} tokens, but the request asks for {prompt_tokens} "
+            f"in the messages{asked}. Shorten the messages or lower max_tokens.",
+            param="messages",
+        )
+    if room is not None and prompt_tokens + (max_tokens or 1) > room:
+        raise ContextLengthError(
+            f"This worker's KV memory holds {room} tokens, but the request asks for {prompt_tokens} in the "
+            f"messages{asked}. Shorten the messages, lower max_tokens, or give the worker more KV memory.",
+            param="messages",
+        )
+    bounds = [bound - prompt_tokens for bound in (context, room) if bound is not None]
+    return max_tokens or min(bounds, default=2**31)
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """As chat templates take it: a text where there is no image, arguments of calls as objects."""
+    fields = message.model_dump(exclude_defaults=True, exclude={"content", "tool_calls"})
+    if message.images:
+        parts = message.content if isinstance(message.content, tuple) else ()
+        fields["content"] = [
+            {"type": "text", "text": part.text} if part.type == "text" else {"type": "image"} for part in parts
+        ]
+    elif message.content is not None or not message.tool_calls:
+        fields["content"] = message.text
+    if message.tool_calls:
+        fields["tool_calls"] = [_with_object_arguments(call) for call in message.tool_calls]
+    return fields
+
+
+def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InvalidRequestError("A tool call in a message has no function with a name.", param="messages")
+    try:
+        made = json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
+    except json.JSONDecodeError as error:
+        raise InvalidRequestError(
+            f"The arguments of a call of {function['name']!r} are not JSON: {error}", param="messages"
+        ) from error
+    if not isinstance(made, dict):
+        raise InvalidRequestError(
+            f"The arguments of a call of {function['name']!r} are not a JSON object.", param="messages"
+        )
+    return {**call, "function": {**function, "arguments": made}}
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before any text (mostly a start token), which bundled templates leave to it."""
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    for at in range(len(whole)):
+        if whole[at : at + len(plain)] == plain:
+            return whole[:at]
+    return []
+
+
+def _model_card(path: str) -> dict[str, Any]:
+    """The head of the model's README.md; empty if there is none or it cannot be had."""
+    from huggingface_hub import hf_hub_download, metadata_load
+
+    try:
+        local = Path(path)
+        file = local / "README.md" if local.is_dir() else Path(hf_hub_download(path, "README.md"))
+        head = metadata_load(file) if file.is_file() else None
+    except Exception:  # offline, gated, no such file, no YAML: the card is a help, not a need
+        return {}
+    return head or {}
