@@ -177,12 +177,11 @@ class Adapters:
             log.warning("the adapter names another base", adapter=name, meant=meant, base=base)
         halves = _tensors(folder)
         modules = dict(self._model.named_modules())
+        if strange := sorted(halves.keys() - modules.keys()):
+            raise UnfitError(f"{base!r} has no layer {strange[0]}. It was made for {meant!r}: is that the same model?")
         own: dict[str, Delta] = {}
         for path, pair in halves.items():
-            module = modules.get(path)
-            if module is None:
-                raise UnfitError(f"{base!r} has no layer {path}. It was made for {meant!r}: is that the same model?")
-            own[path] = self._delta(path, module, pair, config, base)
+            own[path] = self._delta(path, modules[path], pair, config, base)
         for path, delta in own.items():
             if path not in self._layers:
                 self._layers[path] = _Layer(self)
