@@ -83,7 +83,7 @@ def test_base_and_adapters_are_models_that_are_asked_at_once(
 def test_a_broken_adapter_keeps_the_worker_from_starting_and_says_why(stack: Stack, folder: Path) -> None:
     (folder / "broken").mkdir()
     worker = stack.start("worker", "worker", "--no-supervise", "--model", "tiny", f"--lora=mine={folder / 'broken'}")
-    assert worker.wait(60) == 2
+    assert worker.wait(240) == 2
     assert f"LoRA adapter 'mine' ({folder / 'broken'}) cannot be served: there is no adapter_config.json" in (
         worker.output()
     )

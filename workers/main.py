@@ -82,6 +82,7 @@ def build_engine(options: WorkerOptions) -> Engine:
             "or take --engine echo, which needs no model."
         ) from error
     devices.set_threads(options.threads)
+    folders = lora.fetch(options.adapters, options.load)
     log.info("loading", model=options.model, device=options.device, dtype=options.dtype)
     loaded = loading.load(options.model, options.device, options.dtype, options.load, progress)
     if isinstance(loaded.adapter, Generates):
@@ -93,7 +94,7 @@ def build_engine(options: WorkerOptions) -> Engine:
         return AdaptedEngine(name, slots, loaded, loaded.adapter)
     asked = options.load.kv_memory
     kv_bytes = devices.parse_bytes(asked, "--kv-memory") if asked is not None else None
-    adapters = lora.load(loaded.model, options.model, options.adapters, options.load)
+    adapters = lora.load(loaded.model, options.model, folders)
     return transformers_engine.build(name, slots, loaded, kv_bytes, adapters)
 
 

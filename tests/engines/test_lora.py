@@ -51,6 +51,11 @@ def write_adapter(model: PreTrainedModel, folder: Path, seed: int, **entries: An
     adapted.save_pretrained(folder, save_embedding_layers=False)
 
 
+def on(model: PreTrainedModel, folders: dict[str, str]) -> lora.Adapters:
+    """Adapters on a base, as a worker loads them."""
+    return lora.load(model, "base", lora.fetch(folders, AS_IT_IS))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     found = {}
@@ -84,7 +89,7 @@ def replace_model(one: Job, model: str) -> Job:
 @pytest.fixture(scope="module")
 def adapted(folders: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> TransformersEngine:
     base = loaded(random_model("llama"), tokenizer)
-    adapters = lora.load(base.model, "base", folders, AS_IT_IS)
+    adapters = on(base.model, folders)
     engine = transformers_engine.build("base", 8, base, adapters=adapters)
     assert isinstance(engine, TransformersEngine)
     return engine
@@ -161,7 +166,7 @@ def test_the_registry_is_told_what_each_adapter_changes(adapted: TransformersEng
 def test_rows_of_the_base_are_the_same_to_the_bit_beside_rows_of_an_adapter(folders: dict[str, str]) -> None:
     plain, base = random_model("llama"), random_model("llama")
     torch.nn.Module.float(plain), torch.nn.Module.float(base)
-    adapters = lora.load(base, "base", folders, AS_IT_IS)
+    adapters = on(base, folders)
     ids = torch.arange(3, 27).view(2, 12)
     positions = torch.arange(12).expand(2, 12)
     with torch.inference_mode():
@@ -181,7 +186,7 @@ def test_adapters_do_not_mix_on_models_of_other_ways(
 ) -> None:
     write_adapter(random_model(kind), tmp_path, 3, r=4, target_modules=targets, fan_in_fan_out=kind == "gpt2")
     base = loaded(random_model(kind), tokenizer)
-    adapters = lora.load(base.model, "base", {"other": str(tmp_path)}, AS_IT_IS)
+    adapters = on(base.model, {"other": str(tmp_path)})
     driver = drive(transformers_engine.build("base", 8, base, adapters=adapters))
     references: dict[str, Any] = {
         "base": random_model(kind),
@@ -198,9 +203,7 @@ def test_a_model_that_runs_through_generate_has_adapters_too(
 ) -> None:
     write_adapter(random_t5(), tmp_path, 3, r=4, target_modules=["q", "v"])
     base = loaded(random_t5(), tokenizer)
-    engine = transformers_engine.build(
-        "base", 4, base, adapters=lora.load(base.model, "base", {"other": str(tmp_path)}, AS_IT_IS)
-    )
+    engine = transformers_engine.build("base", 4, base, adapters=on(base.model, {"other": str(tmp_path)}))
     assert isinstance(engine, GenerateEngine)
     driver = drive(engine)
     reference: Any = PeftModel.from_pretrained(random_t5(), tmp_path)
@@ -249,7 +252,7 @@ def test_an_adapter_that_would_not_be_computed_rightly_is_refused(
 ) -> None:
     broken = damaged(folders["small"], tmp_path, config, tensors)
     with pytest.raises(ConfigurationError) as caught:
-        lora.load(random_model("llama"), "base", {"broken": broken}, AS_IT_IS)
+        on(random_model("llama"), {"broken": broken})
     assert said in str(caught.value)
     assert "LoRA adapter 'broken'" in str(caught.value)
 
@@ -257,27 +260,27 @@ def test_an_adapter_that_would_not_be_computed_rightly_is_refused(
 def test_the_output_layer_and_experts_are_refused(tmp_path: Path) -> None:
     write_adapter(random_model("llama"), tmp_path, 0, r=2, target_modules=["lm_head"])
     with pytest.raises(ConfigurationError, match="only linear layers inside the model"):
-        lora.load(random_model("llama"), "base", {"broken": str(tmp_path)}, AS_IT_IS)
+        on(random_model("llama"), {"broken": str(tmp_path)})
     model: Any = random_model("llama")
     model.model.layers[0].experts = torch.nn.ModuleList([torch.nn.Linear(32, 32)])
     write_adapter(model, tmp_path, 0, r=2, target_modules=["experts.0"])
     with pytest.raises(ConfigurationError, match="an expert sees tokens in an order of its own"):
-        lora.load(model, "base", {"broken": str(tmp_path)}, AS_IT_IS)
+        on(model, {"broken": str(tmp_path)})
 
 
 def test_pickles_and_folders_without_an_adapter_are_refused(tmp_path: Path, folders: dict[str, str]) -> None:
     model = random_model("llama")
     with pytest.raises(ConfigurationError, match=r"there is no adapter_config\.json"):
-        lora.load(model, "base", {"broken": str(tmp_path)}, AS_IT_IS)
+        on(model, {"broken": str(tmp_path)})
     (tmp_path / lora.CONFIG).write_bytes((Path(folders["small"]) / lora.CONFIG).read_bytes())
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(ConfigurationError, match="is a pickle"):
-        lora.load(model, "base", {"broken": str(tmp_path)}, AS_IT_IS)
+        on(model, {"broken": str(tmp_path)})
     (tmp_path / lora.WEIGHTS).write_bytes(b"broken")
     with pytest.raises(ConfigurationError, match="cannot be read"):
-        lora.load(model, "base", {"broken": str(tmp_path)}, AS_IT_IS)
+        on(model, {"broken": str(tmp_path)})
     with pytest.raises(ConfigurationError, match="there is no such folder"):
-        lora.load(model, "base", {"broken": str(tmp_path / "nowhere")}, AS_IT_IS)
+        on(model, {"broken": str(tmp_path / "nowhere")})
 
 
 def test_a_layer_that_the_model_goes_around_is_refused(
@@ -285,9 +288,9 @@ def test_a_layer_that_the_model_goes_around_is_refused(
 ) -> None:
     """Its adapter would be served without a part of it."""
     base = loaded(random_model("llama"), tokenizer)
-    adapters = lora.load(base.model, "base", folders, AS_IT_IS)
-    around: Any = base.model.model.layers[0].self_attn.q_proj
-    base.model.model.layers[0].self_attn.q_proj = _Around(around)
+    adapters = on(base.model, folders)
+    attention: Any = base.model.model.layers[0].self_attn
+    attention.q_proj = _Around(attention.q_proj)
     with pytest.raises(ConfigurationError, match=r"layers\.0\.self_attn\.q_proj, whose weights"):
         transformers_engine.build("base", 4, base, adapters=adapters)
 

@@ -125,16 +125,27 @@ class Adapters:
     def add(self, name: str, folder: Path, base: str) -> None:
         """Takes an adapter in.
 
-        Args:
-            base: what the model is called where it comes from.
-
         Raises:
-            ConfigurationError: it cannot be served; the message says why.
+            UnfitError: it cannot be served.
         """
-        try:
-            self._add(name, folder, base)
-        except UnfitError as error:
-            raise ConfigurationError(f"LoRA adapter {name!r} ({folder}) cannot be served: {error}") from error
+        config = _config(folder)
+        if (meant := config.get("base_model_name_or_path")) not in (None, "", base):
+            log.warning("the adapter names another base", adapter=name, meant=meant, base=base)
+        halves = _tensors(folder)
+        modules = dict(self._model.named_modules())
+        if strange := sorted(halves.keys() - modules.keys()):
+            raise UnfitError(f"{base!r} has no layer {strange[0]}. It was made for {meant!r}: is that the same model?")
+        own: dict[str, Delta] = {}
+        for path, pair in halves.items():
+            own[path] = self._delta(path, modules[path], pair, config, base)
+        for path, delta in own.items():
+            if path not in self._layers:
+                self._layers[path] = _Layer(self)
+                modules[path].register_forward_hook(self._layers[path])
+            self._layers[path].deltas[name] = delta
+        self.names.append(name)
+        ranks = sorted({delta.down.shape[0] for delta in own.values()})
+        log.info("adapter", name=name, base=base, layers=len(own), ranks=ranks)
 
     @contextmanager
     def acting(self, owners: Iterable[tuple[str, int]]) -> Iterator[None]:
@@ -171,26 +182,6 @@ class Adapters:
                 "they cannot be served by this engine."
             )
 
-    def _add(self, name: str, folder: Path, base: str) -> None:
-        config = _config(folder)
-        if (meant := config.get("base_model_name_or_path")) not in (None, "", base):
-            log.warning("the adapter names another base", adapter=name, meant=meant, base=base)
-        halves = _tensors(folder)
-        modules = dict(self._model.named_modules())
-        if strange := sorted(halves.keys() - modules.keys()):
-            raise UnfitError(f"{base!r} has no layer {strange[0]}. It was made for {meant!r}: is that the same model?")
-        own: dict[str, Delta] = {}
-        for path, pair in halves.items():
-            own[path] = self._delta(path, modules[path], pair, config, base)
-        for path, delta in own.items():
-            if path not in self._layers:
-                self._layers[path] = _Layer(self)
-                modules[path].register_forward_hook(self._layers[path])
-            self._layers[path].deltas[name] = delta
-        self.names.append(name)
-        ranks = sorted({delta.down.shape[0] for delta in own.values()})
-        log.info("adapter", name=name, base=base, layers=len(own), ranks=ranks)
-
     def _delta(
         self, path: str, module: torch.nn.Module, pair: Mapping[str, torch.Tensor], config: dict[str, Any], base: str
     ) -> Delta:
@@ -225,19 +216,44 @@ class Adapters:
         return Delta(down.to(device, dtype), up.to(device, dtype), scale)
 
 
-def load(model: PreTrainedModel, base: str, sources: Mapping[str, str], options: LoadOptions) -> Adapters:
-    """Adapters on a loaded model.
+def fetch(sources: Mapping[str, str], options: LoadOptions) -> dict[str, Path]:
+    """The folders of adapters, downloaded if need be, and a first look at them: to be taken before the base is loaded.
 
     Args:
         sources: the name of each -> a local folder or a hub id.
 
     Raises:
+        ConfigurationError: one of them is not there or cannot be served; the message says why.
+    """
+    folders = {}
+    for name, source in sources.items():
+        folder = hub.fetch_adapter(source, options, Progress(source), (CONFIG, WEIGHTS))
+        with _saying_which(name, folder):
+            _config(folder)
+            _weights_file(folder)
+        folders[name] = folder
+    return folders
+
+
+def load(model: PreTrainedModel, base: str, folders: Mapping[str, Path]) -> Adapters:
+    """Adapters on a loaded model, which is called ``base`` where it comes from.
+
+    Raises:
         ConfigurationError: one of them cannot be served; the message says why.
     """
     adapters = Adapters(model)
-    for name, source in sources.items():
-        adapters.add(name, hub.fetch_adapter(source, options, Progress(source, None), (CONFIG, WEIGHTS)), base)
+    for name, folder in folders.items():
+        with _saying_which(name, folder):
+            adapters.add(name, folder, base)
     return adapters
+
+
+@contextmanager
+def _saying_which(name: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnfitError as error:
+        raise ConfigurationError(f"LoRA adapter {name!r} ({folder}) cannot be served: {error}") from error
 
 
 class UnfitError(Exception):
@@ -269,13 +285,17 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tensors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Path of a module -> its halves ``A`` and ``B``."""
+def _weights_file(folder: Path) -> Path:
     file = folder / WEIGHTS
     if not file.is_file():
         raise UnfitError(f"there is no {WEIGHTS}. (An adapter_model.bin is a pickle, which can run code: convert it.)")
+    return file
+
+
+def _tensors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Path of a module -> its halves ``A`` and ``B``."""
     try:
-        tensors = load_file(file)
+        tensors = load_file(_weights_file(folder))
     except (SafetensorError, OSError) as error:
         raise UnfitError(f"{WEIGHTS} cannot be read: {error}.") from error
     halves: dict[str, dict[str, torch.Tensor]] = {}
