@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+from .errors import ConfigurationError
 from .models import served_name
 
 EngineName = Literal["transformers", "vllm", "echo", "openai", "anthropic", "gemini", "llama-cpp"]
@@ -104,11 +105,30 @@ class WorkerOptions:
     upstream: UpstreamOptions = NO_UPSTREAM
     engine_arg: tuple[str, ...] = ()
     """Of vLLM's own options, as ``key=value``."""
+    lora: tuple[str, ...] = ()
+    """LoRA adapters of the model, as ``name=source``."""
 
     @property
     def served_as(self) -> str:
         """The name clients use."""
         return self.name or served_name(self.model)
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Names of models that are adapters of this one -> a folder or hub id.
+
+        Raises:
+            ConfigurationError: something is not of that form, or two names are the same.
+        """
+        found: dict[str, str] = {}
+        for words in self.lora:
+            name, _, source = words.partition("=")
+            if not name or not source:
+                raise ConfigurationError(f"--lora {words!r}: expected NAME=FOLDER or NAME=HUB_ID.")
+            if name in (self.served_as, *found):
+                raise ConfigurationError(f"--lora {words}: another model of this worker is called {name!r}.")
+            found[name] = source
+        return found
 
     def arguments(self) -> list[str]:
         """The command line that says the same."""

@@ -57,6 +57,10 @@ WorkerId = Annotated[str | None, typer.Option("--id", hidden=True)]
 EngineArg = Annotated[
     list[str] | None, typer.Option("--engine-arg", help="An option of vLLM's own, as key=value; may be repeated.")
 ]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option("--lora", help="A LoRA adapter of the model, as NAME=FOLDER or NAME=HUB_ID: a model by this name."),
+]
 TokenDelay = Annotated[float, typer.Option("--token-delay-ms", min=0, help="Pace of the echo engine.")]
 
 
@@ -80,7 +84,9 @@ def offers(options: WorkerOptions, demand: DemandOptions) -> list[WorkerOptions]
         replace(options, model=model, name=name or options.name)
         for name, model in map(named, (options.model, *demand.more))
     ]
-    names = [offer.served_as for offer in found]
+    if options.lora and demand.applies:
+        raise ConfigurationError("--lora is for one model that is loaded at once, without --on-demand.")
+    names = [name for offer in found for name in (offer.served_as, *offer.adapters)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigurationError(f"Several models are called {', '.join(twice)}. Name each: --model NAME=MODEL.")
     return found
@@ -124,6 +130,7 @@ def up(
     keep_alive: KeepAlive = "5m",
     max_loaded: MaxLoaded = 1,
     engine_arg: EngineArg = None,
+    lora: Lora = None,
     *,
     load: LoadOptions,
     upstream: UpstreamOptions,
@@ -139,14 +146,21 @@ def up(
     )
     check_exposure(settings)
     first, *more = all_models(model, models)
-    own = tuple(engine_arg or ())
-    worker = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own)
+    own, loras = tuple(engine_arg or ()), tuple(lora or ())
+    worker = WorkerOptions(
+        first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own, loras
+    )
     demand = DemandOptions(tuple(more), on_demand, keep_alive, max_loaded)
     offered = offers(worker, demand)  # what is wrong is said here, and not in a log
     arguments = (*worker.arguments(), *demand.arguments(), "--drain-s", str(settings.drain_s))
     lock = hold_lock(settings.state_dir, http_base(settings.host, settings.port))
     with lock:
-        asyncio.run(Up(settings, UpOptions(tuple(offer.served_as for offer in offered), arguments)).run())
+        asyncio.run(
+            Up(
+                settings,
+                UpOptions(tuple(name for offer in offered for name in (offer.served_as, *offer.adapters)), arguments),
+            ).run()
+        )
 
 
 @app.command()
@@ -186,6 +200,7 @@ def worker(
     keep_alive: KeepAlive = "5m",
     max_loaded: MaxLoaded = 1,
     engine_arg: EngineArg = None,
+    lora: Lora = None,
     state_dir: StateDir = None,
     redis_url: RedisUrl = None,
     drain_s: DrainS = None,
@@ -205,8 +220,10 @@ def worker(
     settings = load_settings(state_dir=state_dir, redis_url=redis_url, drain_s=drain_s)
     url = settings.resolved_redis_url
     first, *more = all_models(model, models)
-    own = tuple(engine_arg or ())
-    options = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own)
+    own, loras = tuple(engine_arg or ()), tuple(lora or ())
+    options = WorkerOptions(
+        first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own, loras
+    )
     demand = DemandOptions(tuple(more), on_demand, keep_alive, max_loaded)
     offered = offers(options, demand)
     if no_supervise:

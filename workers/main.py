@@ -63,6 +63,8 @@ def build_engine(options: WorkerOptions) -> Engine:
         return _vllm(options, name)
     if options.engine_arg:
         raise ConfigurationError(f"--engine-arg is for --engine vllm; {options.engine} has no such options.")
+    if options.lora and options.engine != "transformers":
+        raise ConfigurationError(f"--lora is for --engine transformers and vllm; {options.engine} has no adapters.")
     slots = options.slots or DEFAULT_SLOTS[options.engine]
     if options.engine == "echo":
         from .engines.echo import EchoEngine
@@ -73,22 +75,27 @@ def build_engine(options: WorkerOptions) -> Engine:
     progress = Progress()
     progress(0.0, "import")
     try:
-        from .engines import devices, loading, transformers_engine
+        from .engines import devices, loading, lora, transformers_engine
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"The transformers engine needs {error.name}, which is not installed: pip install 'fastchat-q[worker]', "
             "or take --engine echo, which needs no model."
         ) from error
     devices.set_threads(options.threads)
+    folders = lora.fetch(options.adapters, options.load)
     log.info("loading", model=options.model, device=options.device, dtype=options.dtype)
     loaded = loading.load(options.model, options.device, options.dtype, options.load, progress)
     if isinstance(loaded.adapter, Generates):
         from .engines.adapted import AdaptedEngine
 
+        if options.lora:
+            raise ConfigurationError(f"--lora: {options.model!r} is run by Python code of its own, without adapters.")
+
         return AdaptedEngine(name, slots, loaded, loaded.adapter)
     asked = options.load.kv_memory
     kv_bytes = devices.parse_bytes(asked, "--kv-memory") if asked is not None else None
-    return transformers_engine.build(name, slots, loaded, kv_bytes)
+    adapters = lora.load(loaded.model, options.model, folders)
+    return transformers_engine.build(name, slots, loaded, kv_bytes, adapters)
 
 
 def _vllm(options: WorkerOptions, name: str) -> Engine:
@@ -98,7 +105,7 @@ def _vllm(options: WorkerOptions, name: str) -> Engine:
         raise ConfigurationError(
             f"The vLLM engine needs {error.name}, which is not installed: docs/workers/vllm.md says how."
         ) from error
-    return vllm_setup.build(options, name)
+    return vllm_setup.build(options, name, options.adapters)
 
 
 async def _serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None) -> None:

@@ -111,7 +111,8 @@ def _state_bytes(cache: DynamicCache) -> int:
 
 def _try(way: Way) -> str:
     """Why this way must not be taken; empty: its logits are right."""
-    rows = [Row() for _ in TRIAL]
+    names = ["", *way.model.adapters.names[:1]]  # a row of the base beside one of an adapter
+    rows = [Row(names[i % len(names)]) for i in range(len(TRIAL))]
     try:
         return _trial(way, rows)
     except Exception as error:  # whatever an architecture that is not made for it raises
@@ -126,7 +127,7 @@ def _trial(way: Way, rows: list[Row]) -> str:
     """Takes two prompts in, in pieces where that is possible, and decodes both together; says what is wrong."""
     model, size = way.model, way.model.config.vocab_size
     texts = [[(7 * i + 3 * j + 1) % size for j in range(sum(counts))] for i, counts in enumerate(TRIAL)]
-    expected = {row: _plain(model, text) for row, text in zip(rows, texts, strict=True)}
+    expected = {row: _plain(model, text, row.namespace) for row, text in zip(rows, texts, strict=True)}
     steps: list[tuple[list[Row], list[Piece]]] = []
     for row, (prompt, _), text in zip(rows, TRIAL, texts, strict=True):
         way.reserve(row, len(text) + 1)
@@ -144,11 +145,11 @@ def _trial(way: Way, rows: list[Row]) -> str:
     return ""
 
 
-def _plain(model: Model, text: list[int]) -> torch.Tensor:
+def _plain(model: Model, text: list[int], namespace: str) -> torch.Tensor:
     """Logits (tokens, vocabulary) of each token, of a forward pass over all of them."""
     ids = torch.tensor([text], device=model.device)
     positions = torch.arange(len(text), device=model.device)[None]
-    return model(ids, positions, model.new_cache(), keep=0)[0].float()
+    return model(ids, positions, model.new_cache(), keep=0, owners=[(namespace, len(text))])[0].float()
 
 
 def _difference(model: Model, logits: torch.Tensor, expected: torch.Tensor) -> str:

@@ -42,7 +42,7 @@ class Dense(Way):
 
     def _prefill(self, piece: Piece) -> Result:
         row = piece.row
-        logits = self.model.extend(row.memory, row.length, piece.ids, **row.inputs)
+        logits = self.model.extend(row.memory, row.length, piece.ids, row.namespace, **row.inputs)
         row.length += len(piece.ids)
         if piece.last:
             self._join(row)
@@ -58,7 +58,8 @@ class Dense(Way):
         mask = None
         if self._padded and min(lengths) != max(lengths):
             mask = (torch.arange(step.columns, device=fed.device) <= fed[1][:, None]).long()
-        logits = self.model(fed[0][:, None], fed[1][:, None], DenseCache(step), mask)[:, -1].float()
+        owners = [(row.namespace, 1) for row in rows]
+        logits = self.model(fed[0][:, None], fed[1][:, None], DenseCache(step), mask, owners=owners)[:, -1].float()
         for row in rows:
             row.length += 1
             row.memory.length = row.length

@@ -85,6 +85,22 @@ def fetch_config(source: str, options: LoadOptions, progress: Progress) -> Files
     return Files(Path(folder))
 
 
+def fetch_adapter(source: str, options: LoadOptions, progress: Progress, names: tuple[str, ...]) -> Path:
+    """The folder with these files of a LoRA adapter, from this machine or the hub; never others, such as pickles."""
+    local = Path(source).expanduser()
+    if local.is_dir():
+        return local
+    if local.exists() or _looks_like_a_path(source):
+        raise ConfigurationError(f"LoRA adapter {source!r} cannot be loaded: there is no such folder.")
+    try:
+        folder = snapshot_download(source, allow_patterns=list(names), tqdm_class=progress.bars(0), max_workers=4)
+    except TROUBLE as error:
+        raise ConfigurationError(
+            f"LoRA adapter {source!r} cannot be loaded: {in_words(error, source, options)}"
+        ) from error
+    return Path(folder)
+
+
 def local_path(source: str) -> Path | None:
     """Where it lies on this machine, if it is not a name on the hub.
 

@@ -43,6 +43,8 @@ class Answers:
     """All choices of a job; it ends with the last of them."""
 
     ticket: str
+    model: str
+    """The name that the job asks for."""
     choices: list[Choice] = field(default_factory=list)
     _ended: dict[int, Ended] = field(default_factory=dict)
 
@@ -99,7 +101,7 @@ class Intake:
         job = request.job
         prompt = self._renderer.prompt(job)
         limit = token_limit(self._loaded.context_length, len(prompt), job.sampling.max_tokens, self._room)
-        answers = Answers(request.ticket)
+        answers = Answers(request.ticket, job.model)
         for index in range(job.sampling.n):
             answers.choices.append(Choice(answers, index, self._sequence(request, prompt, limit, index)))
         last: Ended | None = None

@@ -34,10 +34,12 @@ class Packed(Way):
         decode = sorted(part.decode, key=_order)
         ids = [row.last_id for row in decode]
         positions = [row.length for row in decode]
+        owners = [(row.namespace, 1) for row in decode]
         segments, wanted = [], list(range(len(decode)))
         for piece in part.pieces:
             row, start = piece.row, len(ids)
             ids += piece.ids
+            owners.append((row.namespace, len(piece.ids)))
             positions += range(row.length, row.length + len(piece.ids))
             segments.append(attention.Piece(start, len(ids), row.memory, row.length))
             if piece.last:
@@ -49,7 +51,7 @@ class Packed(Way):
             keep = torch.tensor(wanted, device=self.model.device)
         inputs = part.pieces[0].row.inputs if part.pieces else {}
         with Packing(self.model.config, step) as cache:
-            logits = self.model(fed[:1], fed[1:], cache, keep=keep, **inputs)
+            logits = self.model(fed[:1], fed[1:], cache, keep=keep, owners=owners, **inputs)
         if step.attended != sum(shape is not None for shape in self._shapes):
             raise attention.NotPackedError("some layers of this model do not attend through the interface")
         for row in decode:

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+from huggingface_hub import snapshot_download
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
@@ -43,7 +44,7 @@ def build(options: WorkerOptions, name: str, adapters: Mapping[str, str] | None 
     """Starts vLLM's processes and loads the model.
 
     Args:
-        adapters: the name of a model -> the folder of the LoRA adapter of this model that it is.
+        adapters: the name of a model -> the folder or hub id of the LoRA adapter of this model that it is.
 
     Raises:
         ConfigurationError: it cannot be started; the message says why.
@@ -57,7 +58,8 @@ def build(options: WorkerOptions, name: str, adapters: Mapping[str, str] | None 
     if options.slots is not None:
         arguments.append(f"--max-num-seqs={options.slots}")
     loras = {
-        served: LoRARequest(served, number, path) for number, (served, path) in enumerate((adapters or {}).items(), 1)
+        served: LoRARequest(served, number, _adapter_folder(source))
+        for number, (served, source) in enumerate((adapters or {}).items(), 1)
     }
     if loras:
         ready = min(len(loras), ADAPTERS_AT_A_TIME)
@@ -155,6 +157,19 @@ def _is_cpu() -> bool:
     (Its index -1 picks them; lora/ops/torch_ops/lora_ops.py of 0.32.) One place more than adapters stays empty: zeros.
     """
     return bool(current_platform.device_type == "cpu")
+
+
+def _adapter_folder(source: str) -> str:
+    """Where an adapter lies, downloaded if need be; its pickles are left where they are."""
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        try:
+            path = Path(snapshot_download(source, allow_patterns=["adapter_config.json", "*.safetensors"]))
+        except Exception as error:  # of many kinds: no such name, gated, offline
+            raise ConfigurationError(f"LoRA adapter {source!r} cannot be loaded: {_reason(error)}") from error
+    if not (path / "adapter_model.safetensors").is_file():
+        raise ConfigurationError(f"LoRA adapter {source!r} cannot be loaded: there is no adapter_model.safetensors.")
+    return str(path)
 
 
 def _rank(folders: Iterable[str]) -> int:
