@@ -40,7 +40,7 @@ class TransformersEngine(Engine):
     def __init__(self, name: str, slots: int, loaded: Loaded, kv_bytes: int | None = None) -> None:
         dtype = str(loaded.model.dtype).removeprefix("torch.")
         card = ModelCard(
-            name, "transformers", loaded.context_length, int(time.time()), loaded.device.type, dtype, features=FEATURES
+            name, "transformers", loaded.context_length, int(time.time()), loaded.device.type, dtype, features=(*FEATURES, *loaded.format.features)
         )
         super().__init__(card, slots)
         self.way = choose_way(Model(loaded.model, self.alive), kv_bytes or default_kv_bytes(loaded.device))
