@@ -100,8 +100,8 @@ def load(
     _warn_of_ignored_settings(source, model)
     length = context_length(model.config, options.max_model_len)
     eos_ids = _eos_ids(model, tokenizer) | (stop_ids(tokenizer, chat) if chat is not None else frozenset())
-    format = _format(options, chat)
-    return Loaded(model, tokenizer, _input_device(model, placement), length, eos_ids, chat, adapter, format)
+    written = _format(options, chat)
+    return Loaded(model, tokenizer, _input_device(model, placement), length, eos_ids, chat, adapter, written)
 
 
 def _format(options: LoadOptions, chat: Choice | None) -> Format:
@@ -109,8 +109,8 @@ def _format(options: LoadOptions, chat: Choice | None) -> Format:
     family = chat.family if chat is not None else None
     calls = options.tool_call_parser or (family.tool_parser if family is not None else None)
     reasoning = options.reasoning_parser or (family.reasoning_parser if family is not None else None)
-    format = format_of(calls, reasoning)
-    return format_for(format, chat.template) if chat is not None else format
+    found = format_of(calls, reasoning)
+    return format_for(found, chat.template) if chat is not None else found
 
 
 def _entries(source: str, files: hub.Files) -> dict[str, Any]:

@@ -22,13 +22,13 @@ ID_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 class Speech:
     """Parsers and grammars for the answers of one model."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, format: Format) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, written: Format) -> None:
         self._tokenizer = tokenizer
-        self._format = format
+        self._format = written
         added = tokenizer.added_tokens_decoder
         self._tokens = {str(token): number for number, token in added.items()}
         special = {number for number, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        marks = format.marks
+        marks = written.marks
         kept = {number for text, number in self._tokens.items() if any(text in mark for mark in marks)}
         self._silent = frozenset(special - kept)
         self.sees_marks = bool(special & kept)
@@ -91,7 +91,7 @@ class Speech:
         return call_id
 
 
-def format_for(format: Format, template: object) -> Format:
+def format_for(written: Format, template: object) -> Format:
     """The format without calls, where the chat template shows the model no tools."""
     texts = template.values() if isinstance(template, dict) else [template]
-    return format if any("tools" in str(text) for text in texts) else replace(format, calls=None)
+    return written if any("tools" in str(text) for text in texts) else replace(written, calls=None)

@@ -39,9 +39,9 @@ class TransformersEngine(Engine):
 
     def __init__(self, name: str, slots: int, loaded: Loaded, kv_bytes: int | None = None) -> None:
         dtype = str(loaded.model.dtype).removeprefix("torch.")
-        card = ModelCard(
-            name, "transformers", loaded.context_length, int(time.time()), loaded.device.type, dtype, features=(*FEATURES, *loaded.format.features)
-        )
+        features = (*FEATURES, *loaded.format.features)
+        made, device = int(time.time()), loaded.device.type
+        card = ModelCard(name, "transformers", loaded.context_length, made, device, dtype, features=features)
         super().__init__(card, slots)
         self.way = choose_way(Model(loaded.model, self.alive), kv_bytes or default_kv_bytes(loaded.device))
         self.scheduler = Scheduler(self.way)

@@ -24,9 +24,7 @@ from .reader import NotACall, Over, Reader, Steps
 from .thinking import Thinking
 from .xml_form import XmlForm
 
-AnyForm = Annotated[
-    JsonForm | NamedForm | XmlForm | PythonForm | LooseForm | HarmonyForm, Field(discriminator="form")
-]
+AnyForm = Annotated[JsonForm | NamedForm | XmlForm | PythonForm | LooseForm | HarmonyForm, Field(discriminator="form")]
 
 
 class _Rows(BaseModel):
@@ -130,13 +128,13 @@ class Answer:
 
     def __init__(
         self,
-        format: Format,
+        written: Format,
         functions: Sequence[Function],
         is_open: bool | None,
         call_id: Callable[[int, str], str],
         single: bool = False,
     ) -> None:
-        self._format, self._is_open = format, is_open
+        self._format, self._is_open = written, is_open
         self._functions = {function.name: function for function in functions}
         self._reader = Reader(call_id, single)
         self._steps = self._read()

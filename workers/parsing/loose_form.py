@@ -7,6 +7,7 @@ from typing import Any, Literal
 from . import json_text
 from .form import Form, Functions
 from .lark import Function, Lark
+from .literal import refuse
 from .reader import NotACall, Reader, Steps
 
 DEEPEST = 32
@@ -129,11 +130,7 @@ def _bare(reader: Reader) -> Steps[str]:
         raise NotACall
     read = WORDS.get(read.strip(), read.strip())
     try:
-        json.loads(read, parse_constant=_refuse)
+        json.loads(read, parse_constant=refuse)
     except (ValueError, RecursionError):
         return json_text.of(read)
     return read
-
-
-def _refuse(name: str) -> Any:
-    raise ValueError(name)

@@ -14,7 +14,7 @@ OBJECT = "{"
 
 
 class NamedForm(Form):
-    """Names with arguments behind them. ``start`` and ``end`` are of a section, if ``call`` begins each of its calls."""
+    """Names with arguments behind them. ``start`` and ``end`` are of a section, if ``call`` begins its calls."""
 
     form: Literal["named"] = "named"
     call: str = ""

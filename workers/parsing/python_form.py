@@ -1,18 +1,15 @@
 """Calls as Python: ``[f(a=1, b="x"), g()]``."""
 
-import ast
-import json
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from . import json_text
+from . import json_text, literal
 from .form import Form, Functions
 from .lark import Function, Lark
 from .reader import LONGEST_NAME, NotACall, Reader, Steps
 
 NAME = re.compile(r"[A-Za-z_][\w.\-]*")
-WORDS = {"true": True, "false": False, "null": None}
 OPENING, CLOSING = "([{", ")]}"
 
 
@@ -51,7 +48,7 @@ class PythonForm(Form):
             key = yield from _word(reader)
             yield from reader.space()
             yield from reader.need("=")
-            text = _json_of((yield from _source(reader)))
+            text = literal.to_json((yield from _source(reader)))
             if before == "{":
                 reader.call(name)
             reader.argue(f"{before}{json_text.of(key)}: {text}")
@@ -121,46 +118,3 @@ def _source(reader: Reader) -> Steps[str]:
             return "".join(parts)
         parts.append(reader.take(1))
     raise NotACall
-
-
-def _json_of(source: str) -> str:
-    """JSON text of a literal.
-
-    Raises:
-        NotACall: it is none.
-    """
-    source = source.strip()
-    try:
-        json.loads(source, parse_constant=_refuse)
-        return source
-    except (ValueError, RecursionError):
-        pass
-    try:
-        found = _literal(ast.parse(source.replace("\n", "\\n"), mode="eval").body)
-        return json.dumps(found, ensure_ascii=False, allow_nan=False)
-    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError, OverflowError):
-        raise NotACall from None
-
-
-def _literal(node: ast.expr) -> Any:
-    match node:
-        case ast.Constant(value=str() | int() | float() | bool() | None):
-            return node.value
-        case ast.Name(id=word) if word in WORDS:
-            return WORDS[word]
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
-            return -number
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return [_literal(item) for item in items]
-        case ast.Dict(keys=keys, values=values) if None not in keys:
-            return {_key(key): _literal(item) for key, item in zip(keys, values, strict=True)}
-    raise ValueError
-
-
-def _key(node: ast.expr | None) -> str:
-    key = _literal(node) if node is not None else None
-    return key if isinstance(key, str) else json.dumps(key)
-
-
-def _refuse(name: str) -> Any:
-    raise ValueError(name)

@@ -1,7 +1,7 @@
 """Text as it comes in, read by generators that pause where it ends, and what they say about it.
 
-A parser is written as if it had the whole text: ``mark = yield from reader.until(marks, reader.say)``. What it says does
-not depend on how the text is cut.
+A parser is written as if it had the whole text: ``mark = yield from reader.until(marks, reader.say)``. What it says
+does not depend on how the text is cut.
 """
 
 from collections.abc import Callable, Generator

@@ -4,12 +4,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from . import json_text
+from pydantic import Field
+
+from . import json_text, literal
 from .form import Form, Functions
 from .lark import Function, Lark
 from .reader import NotACall, Reader, Show, Steps
-
-WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
 class XmlForm(Form):
@@ -22,7 +22,7 @@ class XmlForm(Form):
     call_end: str
     key: str
     """Before the name of a parameter."""
-    key_ends: dict[str, Literal["schema", "text", "json"]] = {">": "schema"}
+    key_ends: dict[str, Literal["schema", "text", "json"]] = Field(default_factory=lambda: {">": "schema"})
     """Behind it, and what it says of the value."""
     value: str = ""
     """Before the value, if the end of the key does not say it."""
@@ -157,16 +157,14 @@ def is_text(schema: Mapping[str, Any]) -> bool:
 
 def typed(text: str, schema: Mapping[str, Any]) -> str:
     """A value as JSON text: what the schema makes of it, else the text itself."""
-    stripped = text.strip()
-    stripped = WORDS.get(stripped, stripped)
     allowed = kinds(schema)
     try:
-        found = json.loads(stripped, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
+        found = literal.to_json(text)
+    except NotACall:
         return json_text.of(text)
-    if "string" in allowed and not allowed & _kinds_of(found):
+    if "string" in allowed and not allowed & _kinds_of(json.loads(found)):
         return json_text.of(text)
-    return stripped
+    return found
 
 
 def _kinds_of(found: Any) -> set[str]:
@@ -175,7 +173,3 @@ def _kinds_of(found: Any) -> set[str]:
     if isinstance(found, int | float):
         return {"integer", "number"} if isinstance(found, int) else {"number"}
     return {dict: {"object"}, list: {"array"}, str: {"string"}}.get(type(found), {"null"})
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(name)
