@@ -61,6 +61,12 @@ class LoadOptions:
         default=None,
         metadata=_help("A family (see models families), a .jinja file or a .toml row. [default: the model's own]"),
     )
+    tool_call_parser: str | None = field(
+        default=None, metadata=_help("How the model writes tool calls, such as hermes. [default: its family's]")
+    )
+    reasoning_parser: str | None = field(
+        default=None, metadata=_help("How the model writes reasoning, such as qwen3. [default: its family's]")
+    )
     max_model_len: int | None = field(default=None, metadata=_help("Cap the context length. [default: the model's]", 1))
     kv_memory: str | None = field(
         default=None,

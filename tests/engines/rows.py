@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from fastchat_q.workers.engines.rules import ModelRules
 from fastchat_q.workers.engines.sampling import Sampler
-from fastchat_q.workers.engines.sequence import Language, Parser, Sequence
+from fastchat_q.workers.engines.sequence import Language, Sequence
 from fastchat_q.workers.engines.structured import Guides
 from fastchat_q.workers.engines.text import TokenTexts
+from fastchat_q.workers.parsing import Parser
 from transformers import PreTrainedTokenizerBase
 
 from fastchat_q.jobs import Sampling

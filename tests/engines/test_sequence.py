@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 from fastchat_q.workers.engines.base import Output
-from fastchat_q.workers.engines.sequence import Language, Parts, Picked, Sequence
+from fastchat_q.workers.engines.sequence import Language, Picked, Sequence
+from fastchat_q.workers.parsing import Parts
 from transformers import PreTrainedTokenizerBase
 
 from fastchat_q.errors import InvalidRequestError

@@ -35,7 +35,7 @@ class GenerateEngine(Engine):
             int(time.time()),
             loaded.device.type,
             dtype,
-            features=FEATURES,
+            features=(*FEATURES, *loaded.format.features),
             batching="generate",
         )
         super().__init__(card, slots)

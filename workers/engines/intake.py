@@ -1,6 +1,6 @@
 """From a request to sequences that can run: prompt rendered and checked, limits, what an earlier attempt said."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fastchat_q.events import Usage
 
@@ -9,6 +9,7 @@ from .loading import Loaded
 from .rendering import Renderer, token_limit
 from .rules import ModelRules
 from .sequence import Language, Picked, Sequence
+from .speech import Speech
 from .structured import Guides
 from .text import TokenTexts
 
@@ -91,6 +92,8 @@ class Intake:
         guides = Guides(loaded.tokenizer, vocabulary, loaded.eos_ids)
         rules = ModelRules.of(loaded.model)
         self._language = Language(vocabulary, loaded.eos_ids, self._decode_ids, guides, rules, self._renderer.stop)
+        self._speech = Speech(loaded.tokenizer, loaded.format)
+        self._with_marks = replace(self._language, decode=self._speech.decode)
 
     def answers(self, request: Request) -> tuple[Answers, Ended | None]:
         """The choices of a job with what they have said already, and its end if that was all.
@@ -102,8 +105,13 @@ class Intake:
         prompt = self._renderer.prompt(job)
         limit = token_limit(self._loaded.context_length, len(prompt), job.sampling.max_tokens, self._room)
         answers = Answers(request.ticket, job.model)
-        for index in range(job.sampling.n):
-            answers.choices.append(Choice(answers, index, self._sequence(request, prompt, limit, index)))
+        is_open = self._speech.is_open(job, prompt)
+        sampling = self._speech.sampling(job, is_open)
+        for index in range(sampling.n):
+            parser = self._speech.parser(job, is_open, index)
+            language = self._with_marks if parser is not None and self._speech.sees_marks else self._language
+            sequence = Sequence(request.ticket, prompt, limit, sampling, language, index, parser)
+            answers.choices.append(Choice(answers, index, sequence))
         last: Ended | None = None
         for choice in answers.choices:
             for token in request.prior_ids(choice.index):  # its output is known: text and stop state are rebuilt
@@ -111,9 +119,6 @@ class Intake:
                     last = ended
                     break
         return answers, last
-
-    def _sequence(self, request: Request, prompt: list[int], limit: int, index: int) -> Sequence:
-        return Sequence(request.ticket, prompt, limit, request.job.sampling, self._language, index)
 
     def _decode_ids(self, ids: list[int]) -> str:
         text = self._loaded.tokenizer.decode(ids, skip_special_tokens=True)

@@ -4,13 +4,14 @@
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 import torch
 from fastchat_q.workers import adapters
 from fastchat_q.workers.families import Choice
+from fastchat_q.workers.parsing import Format, format_of
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastchat_q.choices import AS_IT_IS, Device, Dtype, LoadOptions
@@ -24,6 +25,7 @@ from .plan import config_trouble, pick_dtype, read_config, weights_needed
 from .progress import OnProgress, Progress
 from .quantization import arguments, choose, dtype_for, settle
 from .rendering import give_template, stop_ids
+from .speech import format_for
 
 log = structlog.get_logger()
 
@@ -57,6 +59,8 @@ class Loaded:
     chat: Choice | None = None
     """Its family and chat template; None: the tokenizer's own, of a family that is not known."""
     adapter: adapters.Adapter | None = None
+    format: Format = field(default_factory=Format)
+    """How it writes tool calls and reasoning."""
 
 
 def load(
@@ -77,6 +81,7 @@ def load(
     Raises:
         ConfigurationError: it cannot be loaded; the message says why and what to do.
     """
+    format_of(options.tool_call_parser, options.reasoning_parser)  # a wrong name is told before the weights are read
     placement = place(pick_device(device), options)
     progress = Progress(source, on_progress)
     files = hub.fetch(source, options, progress)
@@ -95,7 +100,17 @@ def load(
     _warn_of_ignored_settings(source, model)
     length = context_length(model.config, options.max_model_len)
     eos_ids = _eos_ids(model, tokenizer) | (stop_ids(tokenizer, chat) if chat is not None else frozenset())
-    return Loaded(model, tokenizer, _input_device(model, placement), length, eos_ids, chat, adapter)
+    written = _format(options, chat)
+    return Loaded(model, tokenizer, _input_device(model, placement), length, eos_ids, chat, adapter, written)
+
+
+def _format(options: LoadOptions, chat: Choice | None) -> Format:
+    """What was asked for, else what the model's family does."""
+    family = chat.family if chat is not None else None
+    calls = options.tool_call_parser or (family.tool_parser if family is not None else None)
+    reasoning = options.reasoning_parser or (family.reasoning_parser if family is not None else None)
+    found = format_of(calls, reasoning)
+    return format_for(found, chat.template) if chat is not None else found
 
 
 def _entries(source: str, files: hub.Files) -> dict[str, Any]:

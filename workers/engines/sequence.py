@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
+
+from fastchat_q.workers.parsing import Parser, Parts
 
 from fastchat_q.errors import InvalidRequestError
 from fastchat_q.events import FinishReason, Piece, TokenLogprob, ToolCallDelta, Usage
@@ -21,24 +23,6 @@ class Picked(NamedTuple):
 
     token: int
     logprobs: TokenLogprob | None = None
-
-
-class Parts(NamedTuple):
-    """What a stretch of text is: content, reasoning, parts of tool calls."""
-
-    text: str = ""
-    reasoning: str = ""
-    tool_calls: tuple[ToolCallDelta, ...] = ()
-
-
-class Parser(Protocol):
-    """Tells reasoning and tool calls from content. Deterministic: resuming feeds it the same text again."""
-
-    def feed(self, text: str) -> Parts:
-        """What this text completes; it may hold back what is not clear yet."""
-
-    def flush(self) -> Parts:
-        """What it still holds back at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +113,16 @@ class Sequence:
         if self.edits is not None:
             self.edits.add(token)
         if token in self.eos_ids or (self.guide is not None and token in self.guide.eos_ids):
-            return self._end(picked, self._flush(""), "stop")
+            return self._end(picked, self._parse(self._flush("")), "stop")
         text, stopped = self.detokenizer.feed(token), False
         if len(self.ids) >= self.sampling.min_tokens:
             text, stopped = self.stop.feed(text)
         if stopped:
-            return self._end(picked, text, "stop")
+            return self._end(picked, self._parse(text), "stop")
         if len(self.ids) >= self.limit:
-            return self._end(picked, self._flush(text), "length")
-        return self._output(picked, self._parse(text))
+            return self._end(picked, self._parse(self._flush(text)), "length")
+        parts = self._parse(text)
+        return self._end(picked, parts, "stop") if parts.over else self._output(picked, parts)
 
     def _flush(self, text: str) -> str:
         rest, stopped = self.stop.feed(self.detokenizer.flush())
@@ -148,13 +133,13 @@ class Sequence:
         self.called |= bool(parts.tool_calls)
         return parts
 
-    def _end(self, picked: Picked, text: str, reason: FinishReason) -> Output:
-        parts = self._parse(text)
-        if self.parser is not None:
+    def _end(self, picked: Picked, parts: Parts, reason: FinishReason) -> Output:
+        if self.parser is not None and not parts.over:
             rest = self.parser.flush()
-            parts = Parts(parts.text + rest.text, parts.reasoning + rest.reasoning, parts.tool_calls + rest.tool_calls)
+            calls = _joined(parts.tool_calls, rest.tool_calls)
+            parts = Parts(parts.text + rest.text, parts.reasoning + rest.reasoning, calls, rest.over)
             self.called |= bool(rest.tool_calls)
-        if reason == "stop" and self.called:
+        if self.called and (reason == "stop" or parts.over):
             reason = "tool_calls"
         return self._output(picked, parts, Ended(Usage(len(self.prompt), len(self.ids)), reason))
 
@@ -162,3 +147,11 @@ class Sequence:
         logprobs = () if picked.logprobs is None else (picked.logprobs,)
         piece = Piece((picked.token,), parts.text, self.choice, parts.reasoning, parts.tool_calls, logprobs)
         return Output(self.ticket, (piece,), ended)
+
+
+def _joined(calls: tuple[ToolCallDelta, ...], more: tuple[ToolCallDelta, ...]) -> tuple[ToolCallDelta, ...]:
+    """Parts of calls, with one part for each call."""
+    if calls and more and calls[-1].call == more[0].call:
+        joined = calls[-1]._replace(arguments=calls[-1].arguments + more[0].arguments)
+        return (*calls[:-1], joined, *more[1:])
+    return (*calls, *more)

@@ -30,6 +30,22 @@ that cannot be held to is refused, never ignored."""
 JSON_KINDS = ("json_object", "json_schema")
 
 
+class Composed(Guide):
+    """A grammar that was made here, of what a job asks for."""
+
+    before: str = ""
+    """A Lark grammar of what comes first, with ``@answer`` in it for the rest."""
+    param: str
+    """The parameter of the request that it comes from."""
+    what: str
+    """What a message calls it."""
+
+
+def behind(before: str, guide: Guide) -> Composed:
+    """A guide for an answer that begins with something else."""
+    return Composed(kind=guide.kind, value=guide.value, before=before, param=_param(guide), what=_name(guide))
+
+
 class Guides:
     """The compiled grammars of one model, each compiled once. All but the compiling runs on the engine's thread."""
 
@@ -131,6 +147,14 @@ def mask(logits: torch.Tensor, at: Sequence[int], bits: NDArray[np.uint8]) -> No
 
 
 def _grammar(guide: Guide) -> str:
+    answer = _answer_grammar(guide)
+    if not isinstance(guide, Composed) or not guide.before:
+        return answer
+    [inner] = json.loads(answer)["grammars"]
+    return json.dumps({"grammars": [{"lark_grammar": guide.before}, {**inner, "name": "answer"}]})
+
+
+def _answer_grammar(guide: Guide) -> str:
     match guide.kind:
         case "json_object":
             return LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=JSON_OPTIONS)  # type: ignore[arg-type]
@@ -162,11 +186,15 @@ def _refusal(guide: Guide, reason: str) -> InvalidRequestError:
 
 
 def _name(guide: Guide) -> str:
+    if isinstance(guide, Composed):
+        return guide.what
     return {"json_schema": "JSON schema", "json_object": "JSON object"}.get(guide.kind, guide.kind)
 
 
 def _param(guide: Guide) -> str:
     """The parameter of a request that an error names: JSON is asked for by OpenAI's, the rest by vLLM's."""
+    if isinstance(guide, Composed):
+        return guide.param
     return "response_format" if guide.kind in JSON_KINDS else "structured_outputs"
 
 

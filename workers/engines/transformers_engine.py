@@ -43,9 +43,9 @@ class TransformersEngine(Engine):
         self, name: str, slots: int, loaded: Loaded, kv_bytes: int | None = None, adapters: Adapters | None = None
     ) -> None:
         dtype = str(loaded.model.dtype).removeprefix("torch.")
-        card = ModelCard(
-            name, "transformers", loaded.context_length, int(time.time()), loaded.device.type, dtype, features=FEATURES
-        )
+        features = (*FEATURES, *loaded.format.features)
+        made, device = int(time.time()), loaded.device.type
+        card = ModelCard(name, "transformers", loaded.context_length, made, device, dtype, features=features)
         super().__init__(card, slots)
         model = Model(loaded.model, self.alive, adapters)
         self.way = choose_way(model, kv_bytes or default_kv_bytes(loaded.device))
