@@ -145,7 +145,7 @@ class Worker:
             card.name,
             self.id,
             self._slots,
-            self._active,
+            lambda: [active.claim.lane for active in self._active.values()],
             self._turns,
             known=lambda: self._active.keys() | publisher.job_ids(),
             ready=lambda: not (self._watch.slow or self._engine.trouble),

@@ -27,8 +27,7 @@ CACHED_GRAMMARS = 128
 JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x09]{0,12}", "lenient": False}
 """Enough white space for a pretty answer, and an end to it: a weak model would go on with blanks for ever. A keyword
 that cannot be held to is refused, never ignored."""
-PARAMS = {"regex": "guided_regex", "choice": "guided_choice", "grammar": "guided_grammar"}
-"""The parameter of a request that an error names."""
+JSON_KINDS = ("json_object", "json_schema")
 
 
 class Guides:
@@ -167,7 +166,8 @@ def _name(guide: Guide) -> str:
 
 
 def _param(guide: Guide) -> str:
-    return PARAMS.get(guide.kind, "response_format")
+    """The parameter of a request that an error names: JSON is asked for by OpenAI's, the rest by vLLM's."""
+    return "response_format" if guide.kind in JSON_KINDS else "structured_outputs"
 
 
 def _first_line(message: str) -> str:

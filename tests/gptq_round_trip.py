@@ -1,9 +1,9 @@
 """The round trip to auto-gptq, which is archived and needs an environment of its own. Run by hand:
 
-    python tests/auto_gptq.py FOLDER
+    python tests/gptq_round_trip.py FOLDER
 
 makes two environments in FOLDER (some gigabytes), writes the built-in model as a GPTQ checkpoint with gptqmodel in the
-one, reads it with auto-gptq and transformers 4.51 in the other, and compares what both answer. The result of a run is in
+one, reads it with auto-gptq and transformers 4.51 in the other, and compares the answers. The result of a run is in
 docs/quantisation.md. Environments that are already there are used as they are.
 """
 
