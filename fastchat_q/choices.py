@@ -2,11 +2,20 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .models import served_name
 
-EngineName = Literal["transformers", "vllm", "echo", "openai", "anthropic", "gemini", "llama-cpp"]
+if TYPE_CHECKING:
+    from .jobs import Kind
+
+EngineName = Literal[
+    "transformers", "embeddings", "rerank", "vllm", "echo", "openai", "anthropic", "gemini", "llama-cpp"
+]
+KIND_OF_ENGINE: "dict[str, Kind]" = {"embeddings": "embed", "rerank": "rerank"}
+"""Which jobs an engine takes, if not chats."""
+Pooling = Literal["auto", "mean", "cls", "last"]
+"""What becomes the vector of a text: the mean of its tokens, the first, or the last."""
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu", "npu"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal[
@@ -89,6 +98,23 @@ NO_UPSTREAM = UpstreamOptions()
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderOptions:
+    """How the engines for embeddings and rankings compute."""
+
+    pooling: Pooling = field(default="auto", metadata=_help("Embeddings: auto is what the checkpoint says."))
+    prompt_name: str | None = field(
+        default=None, metadata=_help("Embeddings: put this prompt of the checkpoint before each text, such as query.")
+    )
+    batch_tokens: int | None = field(
+        default=None,
+        metadata=_help("Embeddings, rerank: tokens of a forward pass. [default: 16384, on a CPU 1024]", 1),
+    )
+
+
+AS_THE_CHECKPOINT_SAYS = EncoderOptions()
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerOptions:
     """What a worker is told on its command line."""
 
@@ -104,6 +130,7 @@ class WorkerOptions:
     upstream: UpstreamOptions = NO_UPSTREAM
     engine_arg: tuple[str, ...] = ()
     """Of vLLM's own options, as ``key=value``."""
+    encoder: EncoderOptions = AS_THE_CHECKPOINT_SAYS
 
     @property
     def served_as(self) -> str:

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from . import __version__, cli_dead, cli_jobs, cli_keys, cli_models, cli_queue
-from .choices import DemandOptions, Device, Dtype, EngineName, LoadOptions, UpstreamOptions, WorkerOptions
+from .choices import (
+    KIND_OF_ENGINE,
+    DemandOptions,
+    Device,
+    Dtype,
+    EncoderOptions,
+    EngineName,
+    LoadOptions,
+    UpstreamOptions,
+    WorkerOptions,
+)
 from .cli_common import EXIT_USAGE, AsJson, RedisUrl, StateDir, load_settings, parse_duration, with_options
 from .errors import ConfigurationError
 
@@ -103,7 +113,7 @@ def root(
 
 
 @app.command()
-@with_options(load=LoadOptions, upstream=UpstreamOptions)
+@with_options(load=LoadOptions, upstream=UpstreamOptions, encoder=EncoderOptions)
 def up(
     host: Host = None,
     port: Port = None,
@@ -127,6 +137,7 @@ def up(
     *,
     load: LoadOptions,
     upstream: UpstreamOptions,
+    encoder: EncoderOptions,
 ) -> None:
     """Run everything: embedded Redis, API, one worker, orchestrator."""
     import asyncio
@@ -140,7 +151,9 @@ def up(
     check_exposure(settings)
     first, *more = all_models(model, models)
     own = tuple(engine_arg or ())
-    worker = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own)
+    worker = WorkerOptions(
+        first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own, encoder
+    )
     demand = DemandOptions(tuple(more), on_demand, keep_alive, max_loaded)
     offered = offers(worker, demand)  # what is wrong is said here, and not in a log
     arguments = (*worker.arguments(), *demand.arguments(), "--drain-s", str(settings.drain_s))
@@ -171,7 +184,7 @@ def serve(
 
 
 @app.command()
-@with_options(load=LoadOptions, upstream=UpstreamOptions)
+@with_options(load=LoadOptions, upstream=UpstreamOptions, encoder=EncoderOptions)
 def worker(
     model: Models = None,
     models: ModelList = None,
@@ -194,6 +207,7 @@ def worker(
     *,
     load: LoadOptions,
     upstream: UpstreamOptions,
+    encoder: EncoderOptions,
 ) -> None:
     """Run a worker: an engine in a process of its own, and a supervisor for it.
 
@@ -206,7 +220,9 @@ def worker(
     url = settings.resolved_redis_url
     first, *more = all_models(model, models)
     own = tuple(engine_arg or ())
-    options = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own)
+    options = WorkerOptions(
+        first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own, encoder
+    )
     demand = DemandOptions(tuple(more), on_demand, keep_alive, max_loaded)
     offered = offers(options, demand)
     if no_supervise:
@@ -222,13 +238,15 @@ def worker(
     from .workers import ondemand, parent
     from .workers.engine_process import EngineProcess
 
+    kind = KIND_OF_ENGINE.get(engine, "chat")
+
     def process(offer: WorkerOptions) -> EngineProcess:
         command = [sys.executable, "-m", "fastchat_q.cli", "worker", "--no-supervise", *offer.arguments()]
         command += ["--drain-s", str(settings.drain_s)]
         return EngineProcess(
             command=lambda run_id: [*command, "--id", run_id],
             environment={"FASTCHAT_Q_REDIS_URL": url},  # not on the command line: it may hold a password
-            card=ModelCard(offer.served_as, engine, None, int(time.time()), device, dtype),
+            card=ModelCard(offer.served_as, engine, None, int(time.time()), device, dtype, kind),
             slots=slots or 0,
             drain_s=settings.drain_s,
             stall_s=settings.stall_s,
