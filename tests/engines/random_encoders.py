@@ -82,7 +82,7 @@ def checkpoint(
     auto: Any = AutoModel
     if labels is not None:
         config.num_labels, auto = labels, AutoModelForSequenceClassification
-    elif config.is_encoder_decoder:
+    elif name == "t5":
         auto = transformers.AutoModelForTextEncoding
     model = auto.from_config(config)
     with torch.no_grad():
@@ -122,8 +122,13 @@ def tokenizer(*, causal: bool) -> PreTrainedTokenizerFast:
 
 def text(length: int, seed: int = 0) -> str:
     """So many words."""
+    return " ".join(WORDS[n - 4] for n in tokens(length, seed))
+
+
+def tokens(length: int, seed: int = 0) -> tuple[int, ...]:
+    """The same as ids."""
     generator = torch.Generator().manual_seed(1000 * length + seed)
-    return " ".join(WORDS[int(n)] for n in torch.randint(len(WORDS), (length,), generator=generator))
+    return tuple(torch.randint(4, len(WORDS) + 4, (length,), generator=generator).tolist())
 
 
 class Reference:
@@ -131,7 +136,7 @@ class Reference:
 
     def __init__(self, folder: Path, pooling: str, *, normalise: bool = True) -> None:
         config = transformers.AutoConfig.from_pretrained(folder)
-        auto: Any = transformers.AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+        auto: Any = transformers.AutoModelForTextEncoding if config.model_type == "t5" else AutoModel
         self.model = auto.from_pretrained(folder).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self._pooling, self._normalise = pooling, normalise

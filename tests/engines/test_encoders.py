@@ -19,7 +19,7 @@ from fastchat_q.jobs import Job
 
 from .conftest import Drive
 from .driving import Answer
-from .random_encoders import CAUSAL, POSITIONS, Reference, checkpoint, reference_scores, text
+from .random_encoders import CAUSAL, POSITIONS, Reference, checkpoint, reference_scores, text, tokens
 
 TOLERANCE = 1e-6
 """Of float32 on a CPU: how far a number of a unit vector may be from that of another batch."""
@@ -77,7 +77,8 @@ def test_vectors_are_those_of_plain_transformers_whatever_shares_the_batch(
     pooling = "lasttoken" if name in CAUSAL else "mean_tokens" if name in ("bert", "xlm-roberta", "t5") else "cls_token"
     folder = checkpoint(tmp_path / name, name, pooling=pooling)
     reference = Reference(folder, {"lasttoken": "last", "mean_tokens": "mean", "cls_token": "cls"}[pooling])
-    texts = [text(length, seed) for length in LENGTHS for seed in range(3)]
+    made_of: Any = tokens if name == "qwen2" else text  # whose tokenizer transformers rebuilds as one of bytes
+    texts = [made_of(length, seed) for length in LENGTHS for seed in range(3)]
     expected = [reference(one) for one in texts]
     assert min(torch.dist(expected[0], one) for one in expected[1:]) > 0.01, "the texts are told apart"
     made = engine(embedder(folder))
@@ -168,7 +169,7 @@ def test_token_ids_are_taken_as_they_are(tmp_path: Path, drive: Drive) -> None:
     assert "0 to 511" in str(error(wrong))
 
 
-@pytest.mark.parametrize(("name", "limit"), [("bert", POSITIONS), ("roberta", POSITIONS), ("qwen2", POSITIONS)])
+@pytest.mark.parametrize(("name", "limit"), [("bert", POSITIONS), ("roberta", POSITIONS), ("qwen3", POSITIONS)])
 def test_an_input_that_is_too_long_is_refused_and_one_that_just_fits_is_not(
     name: str, limit: int, tmp_path: Path, drive: Drive
 ) -> None:
@@ -240,7 +241,7 @@ def test_a_job_whose_input_fails_ends_alone(tmp_path: Path, drive: Drive, monkey
         sizes.append(len(batch))
         if any(len(one.ids) == 12 for one in batch):
             raise RuntimeError("CPU allocator: can't allocate memory")
-        result = compute(batch)
+        result = compute(batch).clone()
         result[[len(one.ids) == 13 for one in batch]] = torch.nan
         return result
 
@@ -298,7 +299,7 @@ def test_scores_are_raw_where_the_checkpoint_says_so(tmp_path: Path, drive: Driv
 
 
 def test_a_decoder_without_a_padding_token_ranks_in_batches_of_one_length(tmp_path: Path, drive: Drive) -> None:
-    folder = checkpoint(tmp_path / "m", "qwen2", labels=1, pad_token_id=None)
+    folder = checkpoint(tmp_path / "m", "qwen3", labels=1, pad_token_id=None)
     documents = [text(length, seed) for length in (5, 6) for seed in range(3)]
     expected = [reference_scores(folder, text(3), [one])[0] for one in documents]
     made = engine(ranker(folder))

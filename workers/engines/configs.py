@@ -41,7 +41,7 @@ def encoder_class(config: PreTrainedConfig, kind: Kind) -> tuple[Any, dict[str, 
     """The Auto class that makes vectors or scores, and its arguments: no pooler, which checkpoints may lack."""
     if kind == "rerank":
         return AutoModelForSequenceClassification, {}
-    if config.is_encoder_decoder:  # T5's encoder
+    if config.is_encoder_decoder or type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:  # T5's encoder
         return AutoModelForTextEncoding, {}
     model = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
     optional = isinstance(model, type) and "add_pooling_layer" in inspect.signature(model).parameters
