@@ -159,7 +159,12 @@ def up(
     arguments = (*worker.arguments(), *demand.arguments(), "--drain-s", str(settings.drain_s))
     lock = hold_lock(settings.state_dir, http_base(settings.host, settings.port))
     with lock:
-        asyncio.run(Up(settings, UpOptions(tuple(offer.served_as for offer in offered), arguments)).run())
+        asyncio.run(
+            Up(
+                settings,
+                UpOptions(tuple(offer.served_as for offer in offered), arguments, KIND_OF_ENGINE.get(engine, "chat")),
+            ).run()
+        )
 
 
 @app.command()

@@ -43,7 +43,7 @@ def encoder_class(config: PreTrainedConfig, kind: Kind) -> tuple[Any, dict[str, 
         return AutoModelForSequenceClassification, {}
     if config.is_encoder_decoder or type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:  # T5's encoder
         return AutoModelForTextEncoding, {}
-    model = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
+    model: Any = MODEL_MAPPING.get(type(config), None)
     optional = isinstance(model, type) and "add_pooling_layer" in inspect.signature(model).parameters
     return AutoModel, {"add_pooling_layer": False} if optional else {}
 
