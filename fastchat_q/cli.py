@@ -159,12 +159,8 @@ def up(
     arguments = (*worker.arguments(), *demand.arguments(), "--drain-s", str(settings.drain_s))
     lock = hold_lock(settings.state_dir, http_base(settings.host, settings.port))
     with lock:
-        asyncio.run(
-            Up(
-                settings,
-                UpOptions(tuple(offer.served_as for offer in offered), arguments, KIND_OF_ENGINE.get(engine, "chat")),
-            ).run()
-        )
+        told = UpOptions(tuple(offer.served_as for offer in offered), arguments, KIND_OF_ENGINE.get(engine, "chat"))
+        asyncio.run(Up(settings, told).run())
 
 
 @app.command()

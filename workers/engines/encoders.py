@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import structlog
 import torch
 
-from fastchat_q.choices import EncoderOptions, Pooling, WorkerOptions
+from fastchat_q.choices import KIND_OF_ENGINE, EncoderOptions, Pooling, WorkerOptions
 from fastchat_q.errors import ConfigurationError, ContextLengthError, InvalidRequestError
 from fastchat_q.jobs import Job, Kind
 
@@ -250,7 +250,7 @@ def build(options: WorkerOptions, name: str, slots: int, on_progress: OnProgress
     """
     from .encoder_engine import EncoderEngine
 
-    source, kind = options.model, "embed" if options.engine == "embeddings" else "rerank"
+    source, kind = options.model, KIND_OF_ENGINE[options.engine]
     loaded = load_encoder(source, kind, options.device, options.dtype, options.load, on_progress)
     computer = (
         Ranker(source, loaded)
@@ -266,7 +266,7 @@ def _limit(loaded: Encoder, said: sentence.Sentence) -> int | None:
     table = next((m for name, m in loaded.model.named_modules() if name.endswith("position_embeddings")), None)
     padding = getattr(table, "padding_idx", None)
     if padding is not None and hasattr(table, "num_embeddings"):  # RoBERTa counts from behind its padding's place
-        positions = min(positions or UNLIMITED, int(table.num_embeddings) - padding - 1)  # type: ignore[union-attr, arg-type]
+        positions = min(positions or UNLIMITED, int(table.num_embeddings) - padding - 1)  # type: ignore[union-attr]
     own = loaded.tokenizer.model_max_length
     found = [n for n in (positions, said.max_length, own if own < UNLIMITED else None) if n]
     return min(found, default=None)
