@@ -2,12 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import ConfigurationError
 from .models import served_name
 
-EngineName = Literal["transformers", "vllm", "echo", "openai", "anthropic", "gemini", "llama-cpp"]
+if TYPE_CHECKING:
+    from .jobs import Kind
+
+EngineName = Literal[
+    "transformers", "embeddings", "rerank", "vllm", "echo", "openai", "anthropic", "gemini", "llama-cpp"
+]
+KIND_OF_ENGINE: "dict[str, Kind]" = {"embeddings": "embed", "rerank": "rerank"}
+"""Which jobs an engine takes, if not chats."""
+Pooling = Literal["auto", "mean", "cls", "last"]
+"""What becomes the vector of a text: the mean of its tokens, the first, or the last."""
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu", "npu"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal[
@@ -96,6 +105,23 @@ NO_UPSTREAM = UpstreamOptions()
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderOptions:
+    """How the engines for embeddings and rankings compute."""
+
+    pooling: Pooling = field(default="auto", metadata=_help("Embeddings: auto is what the checkpoint says."))
+    prompt_name: str | None = field(
+        default=None, metadata=_help("Embeddings: put this prompt of the checkpoint before each text, such as query.")
+    )
+    batch_tokens: int | None = field(
+        default=None,
+        metadata=_help("Embeddings, rerank: tokens of a forward pass. [default: 16384, on a CPU 1024]", 1),
+    )
+
+
+AS_THE_CHECKPOINT_SAYS = EncoderOptions()
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerOptions:
     """What a worker is told on its command line."""
 
@@ -113,6 +139,7 @@ class WorkerOptions:
     """Of vLLM's own options, as ``key=value``."""
     lora: tuple[str, ...] = ()
     """LoRA adapters of the model, as ``name=source``."""
+    encoder: EncoderOptions = AS_THE_CHECKPOINT_SAYS
 
     @property
     def served_as(self) -> str:

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from . import __version__, cli_dead, cli_jobs, cli_keys, cli_models, cli_queue
-from .choices import DemandOptions, Device, Dtype, EngineName, LoadOptions, UpstreamOptions, WorkerOptions
+from .choices import (
+    KIND_OF_ENGINE,
+    DemandOptions,
+    Device,
+    Dtype,
+    EncoderOptions,
+    EngineName,
+    LoadOptions,
+    UpstreamOptions,
+    WorkerOptions,
+)
 from .cli_common import EXIT_USAGE, AsJson, RedisUrl, StateDir, load_settings, parse_duration, with_options
 from .errors import ConfigurationError
 
@@ -109,7 +119,7 @@ def root(
 
 
 @app.command()
-@with_options(load=LoadOptions, upstream=UpstreamOptions)
+@with_options(load=LoadOptions, upstream=UpstreamOptions, encoder=EncoderOptions)
 def up(
     host: Host = None,
     port: Port = None,
@@ -134,6 +144,7 @@ def up(
     *,
     load: LoadOptions,
     upstream: UpstreamOptions,
+    encoder: EncoderOptions,
 ) -> None:
     """Run everything: embedded Redis, API, one worker, orchestrator."""
     import asyncio
@@ -148,19 +159,16 @@ def up(
     first, *more = all_models(model, models)
     own, loras = tuple(engine_arg or ()), tuple(lora or ())
     worker = WorkerOptions(
-        first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own, loras
+        first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own, loras, encoder
     )
     demand = DemandOptions(tuple(more), on_demand, keep_alive, max_loaded)
     offered = offers(worker, demand)  # what is wrong is said here, and not in a log
     arguments = (*worker.arguments(), *demand.arguments(), "--drain-s", str(settings.drain_s))
     lock = hold_lock(settings.state_dir, http_base(settings.host, settings.port))
     with lock:
-        asyncio.run(
-            Up(
-                settings,
-                UpOptions(tuple(name for offer in offered for name in (offer.served_as, *offer.adapters)), arguments),
-            ).run()
-        )
+        names = tuple(name for offer in offered for name in (offer.served_as, *offer.adapters))
+        told = UpOptions(names, arguments, KIND_OF_ENGINE.get(engine, "chat"))
+        asyncio.run(Up(settings, told).run())
 
 
 @app.command()
@@ -185,7 +193,7 @@ def serve(
 
 
 @app.command()
-@with_options(load=LoadOptions, upstream=UpstreamOptions)
+@with_options(load=LoadOptions, upstream=UpstreamOptions, encoder=EncoderOptions)
 def worker(
     model: Models = None,
     models: ModelList = None,
@@ -209,6 +217,7 @@ def worker(
     *,
     load: LoadOptions,
     upstream: UpstreamOptions,
+    encoder: EncoderOptions,
 ) -> None:
     """Run a worker: an engine in a process of its own, and a supervisor for it.
 
@@ -222,7 +231,7 @@ def worker(
     first, *more = all_models(model, models)
     own, loras = tuple(engine_arg or ()), tuple(lora or ())
     options = WorkerOptions(
-        first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own, loras
+        first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own, loras, encoder
     )
     demand = DemandOptions(tuple(more), on_demand, keep_alive, max_loaded)
     offered = offers(options, demand)
@@ -239,13 +248,15 @@ def worker(
     from .workers import ondemand, parent
     from .workers.engine_process import EngineProcess
 
+    kind = KIND_OF_ENGINE.get(engine, "chat")
+
     def process(offer: WorkerOptions) -> EngineProcess:
         command = [sys.executable, "-m", "fastchat_q.cli", "worker", "--no-supervise", *offer.arguments()]
         command += ["--drain-s", str(settings.drain_s)]
         return EngineProcess(
             command=lambda run_id: [*command, "--id", run_id],
             environment={"FASTCHAT_Q_REDIS_URL": url},  # not on the command line: it may hold a password
-            card=ModelCard(offer.served_as, engine, None, int(time.time()), device, dtype),
+            card=ModelCard(offer.served_as, engine, None, int(time.time()), device, dtype, kind),
             slots=slots or 0,
             drain_s=settings.drain_s,
             stall_s=settings.stall_s,

@@ -9,7 +9,7 @@ import sys
 import structlog
 import uvloop
 
-from fastchat_q.choices import WorkerOptions
+from fastchat_q.choices import AS_THE_CHECKPOINT_SAYS, KIND_OF_ENGINE, WorkerOptions
 from fastchat_q.errors import ConfigurationError
 
 from . import forwarders
@@ -22,7 +22,16 @@ from .worker import Limits, Worker
 
 log = structlog.get_logger()
 
-DEFAULT_SLOTS = {"transformers": 16, "echo": 64, "openai": 64, "anthropic": 16, "gemini": 16, "llama-cpp": 4}
+DEFAULT_SLOTS = {
+    "transformers": 16,
+    "embeddings": 32,
+    "rerank": 32,
+    "echo": 64,
+    "openai": 64,
+    "anthropic": 16,
+    "gemini": 16,
+    "llama-cpp": 4,
+}
 EXIT_FAILED = 1
 EXIT_HUNG = 70
 """The engine's thread hangs: of its own, so that a supervisor of any kind can tell it from a crash."""
@@ -59,6 +68,10 @@ def serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None)
 def build_engine(options: WorkerOptions) -> Engine:
     """Loads the chosen engine; heavy imports happen here and only here."""
     name = options.served_as
+    if options.engine not in KIND_OF_ENGINE and options.encoder != AS_THE_CHECKPOINT_SAYS:
+        raise ConfigurationError(
+            f"--pooling, --prompt-name and --batch-tokens are for --engine embeddings and rerank, not {options.engine}."
+        )
     if options.engine == "vllm":
         return _vllm(options, name)
     if options.engine_arg:
@@ -78,12 +91,16 @@ def build_engine(options: WorkerOptions) -> Engine:
         from .engines import devices, loading, lora, transformers_engine
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            f"The transformers engine needs {error.name}, which is not installed: pip install 'fastchat-q[worker]', "
-            "or take --engine echo, which needs no model."
+            f"The {options.engine} engine needs {error.name}, which is not installed: "
+            "pip install 'fastchat-q[worker]', or take --engine echo, which needs no model."
         ) from error
     devices.set_threads(options.threads)
     folders = lora.fetch(options.adapters, options.load)
     log.info("loading", model=options.model, device=options.device, dtype=options.dtype)
+    if options.engine in KIND_OF_ENGINE:
+        from .engines import encoders
+
+        return encoders.build(options, name, slots, progress)
     loaded = loading.load(options.model, options.device, options.dtype, options.load, progress)
     if isinstance(loaded.adapter, Generates):
         from .engines.adapted import AdaptedEngine

@@ -34,6 +34,8 @@ BUILTIN_DIRS = {name: Path(__file__).parent / name / "model" for name in BUILTIN
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*")
 """Configuration and tokenizer of a checkpoint."""
+MODULE = re.compile(r"\d+_\w+/(config\.json|model\.safetensors|pytorch_model\.bin)$")
+"""Files of the modules that sentence-transformers puts behind a model."""
 TROUBLE = (HfHubHTTPError, OfflineModeIsEnabled, HFValidationError, OSError, httpx2.HTTPError)
 """What the hub's client raises."""
 
@@ -213,6 +215,9 @@ def _is_pickled(source: str, names: set[str], options: LoadOptions) -> bool:
 def _is_wanted(name: str, names: set[str], pickled: bool, options: LoadOptions) -> bool:
     if name.startswith("additional_chat_templates/"):
         return True
+    if MODULE.match(name):  # of sentence-transformers: pooling and dense layers
+        whole = f"{name.rpartition('/')[0]}/model.safetensors" in names
+        return not name.endswith(".bin") or (options.allow_pickle and not whole)
     if "/" in name:
         return False
     kind = Path(name).suffix

@@ -5,6 +5,7 @@
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -16,10 +17,11 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from fastchat_q.choices import AS_IT_IS, Device, Dtype, LoadOptions
 from fastchat_q.errors import ConfigurationError
+from fastchat_q.jobs import Kind
 
 from . import hub
 from .checkpoint import stored_bytes
-from .configs import context_length, model_class
+from .configs import context_length, encoder_class, model_class
 from .devices import Placement, pick_device, place
 from .plan import config_trouble, pick_dtype, read_config, weights_needed
 from .progress import OnProgress, Progress
@@ -113,6 +115,42 @@ def _format(options: LoadOptions, chat: Choice | None) -> Format:
     return format_for(found, chat.template) if chat is not None else found
 
 
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A model that makes vectors or scores, ready to run."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    """Where its inputs go."""
+    context_length: int | None
+    folder: Path
+    """Where its files are."""
+
+
+def load_encoder(
+    source: str,
+    kind: Kind,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    options: LoadOptions = AS_IT_IS,
+    on_progress: OnProgress | None = None,
+) -> Encoder:
+    """Loads a model for embeddings, or with its head of one label for rankings; the rest is as in `load`.
+
+    Raises:
+        ConfigurationError: it cannot be loaded; the message says why and what to do.
+    """
+    placement = place(pick_device(device), options)
+    progress = Progress(source, on_progress)
+    files = hub.fetch(source, options, progress)
+    model, tokenizer = _from_checkpoint(source, files, options, placement, dtype, progress, kind)
+    torch.nn.Module.eval(model)
+    progress.report("load", 1, 1)
+    length = context_length(model.config, options.max_model_len)
+    return Encoder(model, tokenizer, _input_device(model, placement), length, files.folder)
+
+
 def _entries(source: str, files: hub.Files) -> dict[str, Any]:
     """config.json as it is in the file: adapters are for models that transformers does not know."""
     try:
@@ -137,15 +175,22 @@ def _adapted(
 
 
 def _from_checkpoint(
-    source: str, files: hub.Files, options: LoadOptions, placement: Placement, dtype: Dtype, progress: Progress
+    source: str,
+    files: hub.Files,
+    options: LoadOptions,
+    placement: Placement,
+    dtype: Dtype,
+    progress: Progress,
+    kind: Kind = "chat",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = read_config(source, files, options)
     method = choose(options.quantization, source, config, placement.device, gguf=files.gguf is not None)
     chosen = dtype_for(method, pick_dtype(dtype, config, placement.device))
-    _check_room(source, config, files, method, chosen, placement)
+    auto, extra = (model_class(config), {}) if kind == "chat" else encoder_class(config, kind)
+    _check_room(source, auto, config, files, method, chosen, placement)
     tokenizer = _tokenizer(source, files, options)
     with progress.of_weights():
-        model = _weights(source, config, files, options, placement, method, chosen)
+        model = _weights(source, auto, config, files, options, placement, method, chosen, extra)
     settle(model, method)
     return model, tokenizer
 
@@ -162,16 +207,18 @@ def _tokenizer(source: str, files: hub.Files, options: LoadOptions) -> PreTraine
 
 def _weights(
     source: str,
+    auto: Any,
     config: PreTrainedConfig,
     files: hub.Files,
     options: LoadOptions,
     placement: Placement,
     method: str | None,
     dtype: torch.dtype,
+    extra: dict[str, Any],
 ) -> PreTrainedModel:
-    extra: dict[str, Any] = {"gguf_file": files.gguf} if files.gguf else {"use_safetensors": not files.pickled}
+    extra = extra | ({"gguf_file": files.gguf} if files.gguf else {"use_safetensors": not files.pickled})
     try:
-        both: Any = model_class(config).from_pretrained(
+        both: Any = auto.from_pretrained(
             files.folder,
             config=config,
             dtype=dtype,
@@ -206,6 +253,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _check_room(
     source: str,
+    auto: Any,
     config: PreTrainedConfig,
     files: hub.Files,
     method: str | None,
@@ -216,7 +264,7 @@ def _check_room(
     stored = None if files.gguf else stored_bytes(source, files.folder)
     if placement.to_disk or (stored is not None and stored[1] * WIDEST <= placement.budget):
         return
-    need = weights_needed(config, method, dtype, stored[1] if stored else None)
+    need = weights_needed(auto, config, method, dtype, stored[1] if stored else None)
     if need is None or need <= placement.budget:
         return
     name = str(dtype).removeprefix("torch.") + (f" with {method}" if method else "")

@@ -66,6 +66,13 @@ class Result:
     logits: torch.Tensor
 
 
+def watch_layers(model: PreTrainedModel, alive: Callable[[], None]) -> None:
+    """Has every layer call ``alive`` before it computes."""
+    for layers in (m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda *_: alive())
+
+
 class Model:
     """A causal LM's forward pass with the argument names that this architecture has.
 
@@ -91,9 +98,7 @@ class Model:
 
     def watch_layers(self) -> None:
         """Lets every layer say that it is computed; costs a call for each, which packed steps do not need."""
-        for layers in (m for m in self._model.modules() if isinstance(m, torch.nn.ModuleList)):
-            for layer in layers:
-                layer.register_forward_pre_hook(lambda *_: self.alive())
+        watch_layers(self._model, lambda: self.alive())
 
     def __call__(
         self,

@@ -174,10 +174,12 @@ class _Counter:
         return footprint(model, method, self.slots, PREFILL, stored, cache)
 
 
-def weights_needed(config: PreTrainedConfig, method: str | None, dtype: torch.dtype, stored: int | None) -> int | None:
+def weights_needed(
+    auto: Any, config: PreTrainedConfig, method: str | None, dtype: torch.dtype, stored: int | None
+) -> int | None:
     """Bytes of weights that a load will put into memory; None when the config cannot be built."""
     try:
-        model = skeleton(model_class(config), config, dtype_for(method, dtype))
+        model = skeleton(auto, config, dtype_for(method, dtype))
     except Exception:
         return None  # the load itself will say why, in better words
     return loaded_bytes(model, method, stored)
