@@ -86,7 +86,12 @@ def test_a_gguf_file_loads_with_its_own_tokenizer_and_template(tmp_path: Path) -
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # gptqmodel leaves a folder to the end
 @pytest.mark.skipif(find_spec("gptqmodel") is None, reason="gptqmodel needs an environment of its own")
 def test_a_gptq_checkpoint_loads_and_answers(tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(__file__).parent.parent / "gptq_round_trip.py"), "write", str(tmp_path / "gptq")]
+    command = [
+        sys.executable,
+        str(Path(__file__).parent.parent / "gptq_round_trip.py"),
+        "write",
+        str(tmp_path / "gptq"),
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=250)
     folder = str(tmp_path / "gptq")
     loaded = load(folder, "cpu")
