@@ -13,7 +13,7 @@ from .problems import error_response
 
 TAKES_IMAGES = ("/v1/chat/completions",)
 IMAGE = re.compile(rb'"data:image\\?/[^"]*"')
-"""A data URL in JSON. What it finds is only left out of the size here; whether it is an image is seen when it is read."""
+"""A data URL in JSON: it is left out of the size here. Whether it is an image is seen when it is read."""
 DRAIN_LIMIT = 64 * 1024 * 1024
 """A refused body is read and thrown away up to here, so that the client gets to see the answer."""
 

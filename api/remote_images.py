@@ -1,10 +1,11 @@
-"""Fetches images that messages name by https URL, for servers that allow it. It must not become a way into our network.
+"""Fetches images that messages name by https URL, for servers that allow it. It must be no way into our network.
 
 The name is resolved here and every address of it must be public; the connection goes to the very address that was
 checked, so that a name which resolves to another one a moment later gains nothing. No redirects, no proxies, no cookies.
 """
 
 import asyncio
+import contextlib
 import http.client
 import ipaddress
 import socket
@@ -65,7 +66,7 @@ class Fetcher:
         Raises:
             InvalidRequestError: one cannot be had; the parameter says which.
         """
-        params = {url: param for url, param in reversed(list(named))}
+        params = dict(reversed(list(named)))
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = {url: group.create_task(self._fetch_one(url, param)) for url, param in params.items()}
@@ -122,10 +123,8 @@ class _Fetch:
         with self._lock:
             self._abandoned = True
             if self._socket is not None:
-                try:
+                with contextlib.suppress(OSError):  # it is closed already
                     self._socket.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # it is closed already
 
     def _checked(self) -> SplitResult:
         if len(self._url) > MAX_URL:

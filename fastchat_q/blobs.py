@@ -1,7 +1,7 @@
 """The images of jobs, beside the queue: each once under the digest of its bytes, so that job records stay small.
 
-An API server stores what a job shows before it enqueues the job; a worker reads what a claimed job names. Nothing deletes
-a blob but its TTL, for another job may have come with the same image meanwhile.
+An API server stores what a job shows before it enqueues the job; a worker reads what a claimed job names. Nothing
+deletes a blob but its TTL, for another job may have come with the same image meanwhile.
 """
 
 from collections.abc import Mapping, Sequence

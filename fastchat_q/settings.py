@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     max_images: int = Field(default=16, ge=0)
     """Images that a request may hold."""
     max_image_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024)
-    """A chat request that holds images as data URLs may be so large; all of it but the images within ``max_body_bytes``."""
+    """A chat request that holds images as data URLs may be so large; all but the images within ``max_body_bytes``."""
     allow_remote_images: bool = False
     """Fetch images that are named by https URL. Whoever may ask a model then has this server connect to any public
     address; nothing else is reached."""

@@ -15,7 +15,7 @@ from fastchat_q.registry import ModelCard
 from .base import Ended, Engine, Output, Request
 from .choose import NoWayError, choose_way, default_kv_bytes
 from .generate_engine import GenerateEngine
-from .intake import COMPILING_S, FEATURES, Choice, Intake
+from .intake import COMPILING_S, Choice, Intake, features
 from .loading import Loaded
 from .passes import Model, Part, Row
 from .sampling import Sampler
@@ -39,10 +39,17 @@ class TransformersEngine(Engine):
     def __init__(self, name: str, slots: int, loaded: Loaded, kv_bytes: int | None = None) -> None:
         dtype = str(loaded.model.dtype).removeprefix("torch.")
         card = ModelCard(
-            name, "transformers", loaded.context_length, int(time.time()), loaded.device.type, dtype, features=FEATURES
+            name,
+            "transformers",
+            loaded.context_length,
+            int(time.time()),
+            loaded.device.type,
+            dtype,
+            features=features(loaded),
         )
         super().__init__(card, slots)
-        self.way = choose_way(Model(loaded.model, self.alive), kv_bytes or default_kv_bytes(loaded.device))
+        seen = loaded.sight.example() if loaded.sight is not None else None
+        self.way = choose_way(Model(loaded.model, self.alive), kv_bytes or default_kv_bytes(loaded.device), seen)
         self.scheduler = Scheduler(self.way)
         self._intake = Intake(loaded, self.way.room.columns - 1)
         self._sampler = Sampler(self._intake.texts)
@@ -190,7 +197,7 @@ class TransformersEngine(Engine):
                 self._end(choice.answers.ticket, Ended(error=error), outputs)
 
     def _start(self, choice: Choice) -> None:
-        run = Run(Row(), choice.tokens(), choice)
+        run = Run(Row(inputs=choice.inputs), choice.tokens(), choice)
         self._tickets.setdefault(choice.answers.ticket, []).append(run)
         self.scheduler.submit(run)
 
