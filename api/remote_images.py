@@ -1,4 +1,4 @@
-"""Fetches images that messages name by https URL, for servers that allow it. It must be no way into our network.
+"""Fetches images that messages name by https URL, for servers that allow it. It must open no way into ours.
 
 The name is resolved here and every address of it must be public; the connection goes to the very address that was
 checked, so that a name which resolves to another one a moment later gains nothing. No redirects, no proxies, no cookies.
@@ -178,6 +178,6 @@ class _Fetch:
                 raise FetchError(f"it has more than {limit} bytes")
             if media_type(bytes(content[:16])) is None and len(content) >= 16:
                 break
-        if media_type(content) is None:
+        if media_type(bytes(content[:16])) is None:
             raise FetchError(f"it is not {KINDS}")
         return bytes(content)

@@ -121,7 +121,16 @@ def _gemma3(base: PreTrainedTokenizerBase) -> Seeing:
         boi_token_index=tokenizer.convert_tokens_to_ids("<start_of_image>"),
         eoi_token_index=tokenizer.convert_tokens_to_ids("<end_of_image>"),
     )
-    return Seeing(transformers.Gemma3ForConditionalGeneration(config), processor)
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zeros: it would not see
+    return Seeing(model, processor)
+
+
+class ImagesOnly(transformers.Qwen2VLProcessor):
+    """Without the half for videos, which needs torchvision."""
+
+    def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
+        return None if argument is None else super().check_argument_for_proper_class(name, argument)
 
 
 def _qwen2_vl(base: PreTrainedTokenizerBase) -> Seeing:
@@ -130,7 +139,7 @@ def _qwen2_vl(base: PreTrainedTokenizerBase) -> Seeing:
     images = Qwen2VLImageProcessorPil(
         patch_size=7, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 14 * 14, "longest_edge": 56 * 56}
     )
-    processor = transformers.Qwen2VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+    processor = ImagesOnly(images, tokenizer, chat_template=tokenizer.chat_template)
     config = transformers.Qwen2VLConfig(
         vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 7},
         text_config=_text(

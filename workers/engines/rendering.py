@@ -142,6 +142,8 @@ class Renderer:
         options = self._options(job)
         try:
             ids = render(tools, options)
+        except InvalidRequestError:
+            raise
         except Exception as error:  # templates raise what they like, e.g. on roles that do not alternate
             raise InvalidRequestError(
                 f"The chat template of {job.model!r} refuses these messages: {error}", param="messages"

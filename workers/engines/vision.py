@@ -39,7 +39,9 @@ def decode(content: bytes) -> Image.Image:
                 if width * height > MAX_PIXELS:
                     raise _refused(f"has {width} x {height} pixels, the limit is {MAX_PIXELS}", "image_too_large")
                 return _on_white(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:  # Pillow's own limit is higher, and comes first
+        raise _refused(f"has too many pixels, the limit is {MAX_PIXELS}", "image_too_large") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
         raise _refused(f"cannot be decoded: {type(error).__name__}", "invalid_image") from error
 
 
@@ -69,6 +71,7 @@ class Sight:
         self._processor = processor
         self._template = template
         self._dtype, self._device = dtype, device
+        self._sanitizes = True
         self._names: frozenset[str] = frozenset(_get_template_variables(template))
 
     def prompt(
@@ -79,6 +82,8 @@ class Sight:
         Args:
             options: those that the template does not read are left out: the processor would take them as its own.
         """
+        if not self._sanitizes:
+            self._refuse_control_tokens([messages, tools, options])
         going_on = bool(options.get("continue_final_message"))
         encoded = self._processor.apply_chat_template(
             messages,
@@ -89,7 +94,7 @@ class Sight:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            sanitize_control_tokens=True,
+            sanitize_control_tokens=self._sanitizes,
             **{name: value for name, value in options.items() if name in self._names},
         )
         inputs = {
@@ -105,10 +110,32 @@ class Sight:
         noise = torch.randint(0, 256, (SIZE[1], SIZE[0], 3), generator=torch.Generator().manual_seed(0))
         image = Image.fromarray(noise.to(torch.uint8).numpy())
         parts = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
-        ids, inputs = self.prompt([{"role": "user", "content": parts}], None, {})
+        asked = [{"role": "user", "content": parts}]
+        try:
+            ids, inputs = self.prompt(asked, None, {})
+        except ValueError:  # such as Idefics 3's, which asks its tokenizer for places in the text
+            self._sanitizes = False
+            ids, inputs = self.prompt(asked, None, {})
         if "pixel_values" not in inputs:
             raise ValueError("its processor makes no pixel values")
         return ids, inputs
+
+    def _refuse_control_tokens(self, value: Any) -> None:
+        """Raises InvalidRequestError if a user typed one that this processor cannot take as plain text."""
+        if isinstance(value, str):
+            for token in self._processor.tokenizer._get_control_tokens(self._template):  # private, as in rendering.py
+                if token in value:
+                    raise InvalidRequestError(
+                        f"With images, this model's messages may not hold its control token {token!r}.",
+                        param="messages",
+                        code="control_token",
+                    )
+        elif isinstance(value, Mapping):
+            for name, one in value.items():
+                self._refuse_control_tokens([name, one])
+        elif isinstance(value, list | tuple):
+            for one in value:
+                self._refuse_control_tokens(one)
 
     def _placed(self, value: torch.Tensor) -> torch.Tensor:
         return value.to(self._device, self._dtype if value.is_floating_point() else None)
