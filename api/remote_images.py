@@ -1,7 +1,8 @@
-"""Fetches images that messages name by https URL, for servers that allow it. It must open no way into ours.
+"""Fetches images that messages name by https URL, for servers that allow it.
 
-The name is resolved here and every address of it must be public; the connection goes to the very address that was
-checked, so that a name which resolves to another one a moment later gains nothing. No redirects, no proxies, no cookies.
+It must open no way into our own network: the name is resolved here, and every address of it must be public. The
+connection goes to the very address that was checked, so that a name which resolves to another one a moment later gains
+nothing. No redirects, no proxies, no cookies.
 """
 
 import asyncio

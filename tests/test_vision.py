@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from transformers import AutoTokenizer
 
@@ -16,8 +15,8 @@ from fastchat_q import keys
 
 from .engines.vision_models import picture, seeing
 from .http_client import post
-from .stack import Stack, running_stack, wait_until
-from .streams import open_stream, read_words, stream_text
+from .stack import Stack, running_stack
+from .streams import open_stream
 
 MODEL = "eyes"
 TINY = Path(__file__).parent.parent / "workers/engines/tiny/model"
