@@ -32,7 +32,7 @@ class Site(BaseHTTPRequestHandler):
         self.end_headers()  # without a length: the limit is kept while reading
         self.wfile.write(content or b"")
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, *args: object) -> None:
         pass
 
 
