@@ -10,7 +10,7 @@ from .stack import API_KEY, Stack
 
 USER = {"role": "user", "content": "hi"}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-PIXEL = "data:image/png;base64,AAAA"
+PIXEL = "data:image/png;base64,iVBORw0KGgo="
 
 
 def image(url: str, **fields: Any) -> dict[str, Any]:

@@ -44,9 +44,16 @@ class NoWayError(Exception):
     """This model cannot be run token by token with a cache that is handed in."""
 
 
+Seen = tuple[list[int], dict[str, torch.Tensor]]
+"""Tokens of a prompt, and its other inputs."""
+
+
 @torch.inference_mode()
-def choose_way(model: Model, kv_bytes: int) -> Way:
+def choose_way(model: Model, kv_bytes: int, seen: Seen | None = None) -> Way:
     """The fastest way that gives the logits of the model's plain forward pass, with memory for so many bytes.
+
+    Args:
+        seen: a prompt with an image, for a model that takes them.
 
     Raises:
         NoWayError: there is none.
@@ -66,19 +73,19 @@ def choose_way(model: Model, kv_bytes: int) -> Way:
     plain = plain and getattr(model.config, "attention_chunk_size", None) is None
     trial = replace(room, total=room.per_row * len(TRIAL) + max(room.per_column, 1) * TRIAL_COLUMNS)
     if plain:
-        wrong = _try(Packed(model, trial, shapes))
+        wrong = _try(Packed(model, trial, shapes), seen)
         if not wrong:
             kept = int(kv_bytes * PREFIX_SHARE)
             return Packed(model, replace(room, total=kv_bytes - kept), shapes, kept)
         log.info("way not taken", way="packed", model=type(model.config).__name__, why=wrong)
     model.watch_layers()
     if kinds <= {DynamicLayer, LinearAttentionLayer}:
-        wrong = _try(Dense(model, trial, shapes))
+        wrong = _try(Dense(model, trial, shapes), seen)
         if not wrong:
             return Dense(model, room, shapes)
         log.info("way not taken", way="dense", model=type(model.config).__name__, why=wrong)
     way = RowByRow(model, room)
-    if wrong := _try(RowByRow(model, trial)):
+    if wrong := _try(RowByRow(model, trial), seen):
         raise NoWayError(wrong)
     return way
 
@@ -109,12 +116,14 @@ def _state_bytes(cache: DynamicCache) -> int:
     return sum(state.numel() * state.element_size() for state in states)
 
 
-def _try(way: Way) -> str:
+def _try(way: Way, seen: Seen | None) -> str:
     """Why this way must not be taken; empty: its logits are right."""
     names = ["", *way.model.adapters.names[:1]]  # a row of the base beside one of an adapter
     rows = [Row(names[i % len(names)]) for i in range(len(TRIAL))]
+    if seen is not None:
+        rows.append(Row(inputs=seen[1]))
     try:
-        return _trial(way, rows)
+        return _trial(way, rows[: len(TRIAL)]) or (_trial_of_sight(way, rows[-1], seen[0]) if seen is not None else "")
     except Exception as error:  # whatever an architecture that is not made for it raises
         return f"{type(error).__name__}: {error}"
     finally:
@@ -142,6 +151,21 @@ def _trial(way: Way, rows: list[Row]) -> str:
             for row, logits in zip(result.rows, result.logits, strict=True):
                 if wrong := _difference(model, logits, expected[row][row.length - 1]):
                     return wrong
+    return ""
+
+
+def _trial_of_sight(way: Way, row: Row, ids: list[int]) -> str:
+    """The same for a prompt with an image and a token behind it, while no other row decodes."""
+    model = way.model
+    text = [*ids, ids[-1]]
+    if not way.reserve(row, len(text) + 1):
+        return "no room for an image"
+    for tokens, decode, pieces in ((len(ids), [], [Piece(row, ids, last=True)]), (len(text), [row], [])):
+        row.last_id = text[-1]
+        [part] = way.parts(decode, pieces)
+        logits = way.run(part).logits[0]
+        if wrong := _difference(model, logits, model.seen(text[:tokens], row.arguments(tokens))):
+            return f"with an image, {wrong}"
     return ""
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
@@ -13,6 +14,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
 )
@@ -29,8 +31,15 @@ T5 (relative buckets), BLOOM and MPT (ALiBi) could go on beyond theirs, with ans
 """
 
 
+def takes_images(config: PreTrainedConfig) -> bool:
+    """Whether it is of a model that reads text and images, and writes text."""
+    return getattr(config, "vision_config", None) is not None and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
 def model_class(config: PreTrainedConfig) -> Any:
-    """The Auto class for a config: decoders, or else encoder-decoders such as T5."""
+    """The Auto class for a config: models with eyes, decoders, or else encoder-decoders such as T5."""
+    if takes_images(config):
+        return AutoModelForImageTextToText
     decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if (config.is_encoder_decoder or not decoder) and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return AutoModelForSeq2SeqLM

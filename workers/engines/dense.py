@@ -42,7 +42,7 @@ class Dense(Way):
 
     def _prefill(self, piece: Piece) -> Result:
         row = piece.row
-        logits = self.model.extend(row.memory, row.length, piece.ids, row.namespace, **row.inputs)
+        logits = self.model.extend(row.memory, row.length, piece.ids, row.namespace, **row.arguments(len(piece.ids)))
         row.length += len(piece.ids)
         if piece.last:
             self._join(row)

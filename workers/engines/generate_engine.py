@@ -16,9 +16,10 @@ from fastchat_q.errors import InvalidRequestError
 from fastchat_q.registry import ModelCard
 
 from .base import Ended, Engine, Output, Request
-from .intake import COMPILING_S, FEATURES, Answers, Choice, Intake
+from .intake import COMPILING_S, Answers, Choice, Intake, features
 from .loading import Loaded
 from .lora import Adapters
+from .passes import fitting
 from .sampling import Sampler
 from .trouble import job_error
 
@@ -35,7 +36,7 @@ class GenerateEngine(Engine):
             int(time.time()),
             loaded.device.type,
             dtype,
-            features=(*FEATURES, *loaded.format.features),
+            features=features(loaded),
             batching="generate",
         )
         super().__init__(card, slots)
@@ -112,7 +113,7 @@ class GenerateEngine(Engine):
         config = self._loaded.model.config
         if not config.is_encoder_decoder:
             ids = torch.tensor([choice.tokens()], device=device)
-            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **fitting(choice.inputs, ids.shape[1])}
         ids = torch.tensor([sequence.prompt], device=device)
         start = config.decoder_start_token_id
         start = config.get_text_config(decoder=True).bos_token_id if start is None else start

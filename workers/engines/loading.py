@@ -13,7 +13,7 @@ import torch
 from fastchat_q.workers import adapters
 from fastchat_q.workers.families import Choice
 from fastchat_q.workers.parsing import Format, format_of
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastchat_q.choices import AS_IT_IS, Device, Dtype, LoadOptions
 from fastchat_q.errors import ConfigurationError
@@ -21,13 +21,14 @@ from fastchat_q.jobs import Kind
 
 from . import hub
 from .checkpoint import stored_bytes
-from .configs import context_length, encoder_class, model_class
+from .configs import context_length, encoder_class, model_class, takes_images
 from .devices import Placement, pick_device, place
 from .plan import config_trouble, pick_dtype, read_config, weights_needed
 from .progress import OnProgress, Progress
 from .quantization import arguments, choose, dtype_for, settle
 from .rendering import give_template, stop_ids
 from .speech import format_for
+from .vision import Sight, sight_of
 
 log = structlog.get_logger()
 
@@ -63,6 +64,8 @@ class Loaded:
     adapter: adapters.Adapter | None = None
     format: Format = field(default_factory=Format)
     """How it writes tool calls and reasoning."""
+    sight: Sight | None = None
+    """What takes images in; None: it takes none."""
 
 
 def load(
@@ -93,6 +96,9 @@ def load(
         model, tokenizer = _adapted(source, files, adapter, placement.device, dtype)
     else:
         model, tokenizer = _from_checkpoint(source, files, options, placement, dtype, progress)
+    processor = None if files.gguf or adapter is not None else _processor(source, model, files, options)
+    if processor is not None and tokenizer.chat_template is None:
+        tokenizer.chat_template = processor.chat_template
     chat = None
     if not isinstance(adapter, adapters.Templates):
         chat = give_template(tokenizer, source, str(files.folder), entries, options.chat_template)
@@ -102,8 +108,9 @@ def load(
     _warn_of_ignored_settings(source, model)
     length = context_length(model.config, options.max_model_len)
     eos_ids = _eos_ids(model, tokenizer) | (stop_ids(tokenizer, chat) if chat is not None else frozenset())
-    written = _format(options, chat)
-    return Loaded(model, tokenizer, _input_device(model, placement), length, eos_ids, chat, adapter, written)
+    written, inputs_to = _format(options, chat), _input_device(model, placement)
+    sight = sight_of(processor, tokenizer.chat_template, model, inputs_to)
+    return Loaded(model, tokenizer, inputs_to, length, eos_ids, chat, adapter, written, sight)
 
 
 def _format(options: LoadOptions, chat: Choice | None) -> Format:
@@ -203,6 +210,18 @@ def _tokenizer(source: str, files: hub.Files, options: LoadOptions) -> PreTraine
         raise ConfigurationError(f"Model {source!r} cannot be loaded: {_first_line(error)}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def _processor(source: str, model: PreTrainedModel, files: hub.Files, options: LoadOptions) -> Any:
+    """What prepares images for a model that takes them; None, with a word in the log, if it cannot be loaded."""
+    if not takes_images(model.config):
+        return None
+    try:
+        processor: Any = AutoProcessor.from_pretrained(files.folder, trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # none is there, or a package that it needs
+        log.warning("no processor: images are not taken", model=source, why=_first_line(error))
+        return None
+    return processor if hasattr(processor, "image_processor") else None
 
 
 def _weights(

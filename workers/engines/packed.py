@@ -49,7 +49,7 @@ class Packed(Way):
         keep: torch.Tensor | int = 0 if len(wanted) == len(ids) else 1
         if wanted and len(wanted) < len(ids):
             keep = torch.tensor(wanted, device=self.model.device)
-        inputs = part.pieces[0].row.inputs if part.pieces else {}
+        inputs = part.pieces[0].row.arguments(len(part.pieces[0].ids)) if part.pieces else {}
         with Packing(self.model.config, step) as cache:
             logits = self.model(fed[:1], fed[1:], cache, keep=keep, owners=owners, **inputs)
         if step.attended != sum(shape is not None for shape in self._shapes):

@@ -36,6 +36,21 @@ class Row:
     memory: Any = None
     """What the way keeps for it."""
 
+    def arguments(self, tokens: int) -> dict[str, torch.Tensor]:
+        """``inputs`` for a pass that takes in the prompt and tokens behind it."""
+        return fitting(self.inputs, tokens) if self.inputs else self.inputs
+
+
+def fitting(inputs: dict[str, torch.Tensor], tokens: int) -> dict[str, torch.Tensor]:
+    """The inputs of a prompt, for so many tokens: what says of each token whether it is of an image says so of all."""
+    return {
+        name: _lengthened(value, tokens) if name.endswith("token_type_ids") else value for name, value in inputs.items()
+    }
+
+
+def _lengthened(kinds: torch.Tensor, tokens: int) -> torch.Tensor:
+    return torch.nn.functional.pad(kinds, (0, tokens - kinds.shape[1]))  # 0: text
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -126,6 +141,14 @@ class Model:
         if self._keeps_logits:
             return logits
         return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+
+    def seen(self, ids: list[int], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits (vocabulary) float32 behind a prompt with images; positions and masks are the model's own."""
+        columns = torch.tensor([ids], device=self.device)
+        logits: torch.Tensor = self._model(
+            input_ids=columns, attention_mask=torch.ones_like(columns), use_cache=True, **inputs
+        ).logits
+        return logits[0, -1].float()
 
     def new_cache(self) -> DynamicCache:
         """An empty cache with the kinds of layer that this architecture wants."""
@@ -224,7 +247,7 @@ class RowByRow(Way):
         [row] = part.rows
         ids = part.pieces[0].ids if part.pieces else [row.last_id]
         kept: _Kept = row.memory
-        inputs = row.inputs if part.pieces else {}
+        inputs = row.arguments(len(ids)) if part.pieces else {}
         logits = self.model.extend(kept.cache, row.length, ids, row.namespace, **inputs)
         row.length += len(ids)
         return Result([row], logits)

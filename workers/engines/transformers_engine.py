@@ -16,7 +16,7 @@ from fastchat_q.registry import ModelCard
 from .base import Ended, Engine, Output, Request
 from .choose import NoWayError, choose_way, default_kv_bytes
 from .generate_engine import GenerateEngine
-from .intake import COMPILING_S, FEATURES, Choice, Intake
+from .intake import COMPILING_S, Choice, Intake, features
 from .loading import Loaded
 from .lora import Adapters
 from .passes import Model, Part, Row
@@ -43,12 +43,12 @@ class TransformersEngine(Engine):
         self, name: str, slots: int, loaded: Loaded, kv_bytes: int | None = None, adapters: Adapters | None = None
     ) -> None:
         dtype = str(loaded.model.dtype).removeprefix("torch.")
-        features = (*FEATURES, *loaded.format.features)
         made, device = int(time.time()), loaded.device.type
-        card = ModelCard(name, "transformers", loaded.context_length, made, device, dtype, features=features)
+        card = ModelCard(name, "transformers", loaded.context_length, made, device, dtype, features=features(loaded))
         super().__init__(card, slots)
         model = Model(loaded.model, self.alive, adapters)
-        self.way = choose_way(model, kv_bytes or default_kv_bytes(loaded.device))
+        seen = loaded.sight.example() if loaded.sight is not None else None
+        self.way = choose_way(model, kv_bytes or default_kv_bytes(loaded.device), seen)
         self._adapters = model.adapters
         self._adapters.check_called()
         self.scheduler = Scheduler(self.way)
@@ -202,7 +202,7 @@ class TransformersEngine(Engine):
                 self._end(choice.answers.ticket, Ended(error=error), outputs)
 
     def _start(self, choice: Choice) -> None:
-        run = Run(Row(self._adapters.of(choice.answers.model)), choice.tokens(), choice)
+        run = Run(Row(self._adapters.of(choice.answers.model), choice.inputs), choice.tokens(), choice)
         self._tickets.setdefault(choice.answers.ticket, []).append(run)
         self.scheduler.submit(run)
 
