@@ -44,7 +44,9 @@ def written_at_random(grammar: str, marks: tuple[str, ...], tokenizer: Any, voca
         if tokenizer.eos_token_id in allowed:
             break
         if rng.random() < 0.3:
-            mark = tokenizer(rng.choice(["", "\n"]) + rng.choice(marks), add_special_tokens=False)["input_ids"]
+            mark = tokenizer(rng.choice(["", "\n"]) + rng.choice(marks or (")",)), add_special_tokens=False)[
+                "input_ids"
+            ]
             ids += mark[: matcher.try_consume_tokens(mark)]
             continue
         likely = np.intersect1d(allowed, ends)

@@ -76,7 +76,8 @@ class HarmonyForm(Form):
 
     def thinking(self, lark: Lark) -> str:
         """An expression for reasoning, and what begins the next message."""
-        return f"({lark.text(CHANNEL + 'analysis' + MESSAGE)} {lark.up_to(ENDS[0])} {lark.text(START + 'assistant')})?"
+        analysis = lark.up_to(ENDS[0], *ENDS[1:], START)
+        return f"({lark.text(CHANNEL + 'analysis' + MESSAGE)} {analysis} {lark.text(START + 'assistant')})?"
 
     def final(self, lark: Lark) -> str:
         """An expression for the head of an answer."""

@@ -85,12 +85,17 @@ class Lark:
         given = {**schema, "x-guidance": {**JSON_OPTIONS, "lenient": not strict}}
         return self._add("json", "%json " + json.dumps(given))
 
-    def up_to(self, end: str) -> str:
-        """Any text, and then this end, which is not in it."""
+    def up_to(self, end: str, *without: str) -> str:
+        """Any text, and then this end, which is not in it; nor are the others, which the parser would take for one."""
+        barred = [re.escape(text).replace("/", r"\/") for text in without if text and text not in self.tokens]
+        text = r"/(.|\n)*/"
+        if barred:
+            text = f"TEXT{len(self.rules)}"
+            self.rules.append(rf"{text}: /(.|\n)*/ & ~/(.|\n)*({'|'.join(barred)})(.|\n)*/")
         if end in self.tokens:
-            return self.rule(r"/(.|\n)*/ " + self.text(end))
+            return self.rule(f"{text} {self.text(end)}")
         name = f"up{len(self.rules)}"
-        self.rules.append(name + f"[suffix={json.dumps(end)}]: " + r"/(.|\n)*/")
+        self.rules.append(f"{name}[suffix={json.dumps(end)}]: {text}")
         return name
 
     def calls(self, calls: Iterable[str], many: bool, between: str = "") -> str:

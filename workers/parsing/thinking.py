@@ -53,5 +53,5 @@ class Thinking(BaseModel):
         if is_open is False:
             return ""
         if is_open or self.assumed:
-            return rf"{lark.up_to(self.end[0])} /\n{{0,2}}/"
-        return rf"({lark.text(self.start[0])} {lark.up_to(self.end[0])} /\n{{0,2}}/)?"
+            return rf"{lark.up_to(self.end[0], *self.end[1:], *self.breaks)} /\n{{0,2}}/"
+        return rf"({lark.text(self.start[0])} {lark.up_to(self.end[0], *self.end[1:], *self.breaks)} /\n{{0,2}}/)?"

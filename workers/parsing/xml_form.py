@@ -131,7 +131,7 @@ class XmlForm(Form):
         elif choices:
             body = f"({' | '.join(lark.text(str(one)) for one in choices)}) {lark.text(line + self.value_end)}"
         else:
-            body = lark.up_to(line + self.value_end)
+            body = lark.up_to(line + self.value_end, self.value_end, self.call_end)
         return f"{head} {body} /\\n?/"
 
 
