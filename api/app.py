@@ -28,7 +28,13 @@ def create_app(service: Service) -> FastAPI:
     ):  # include_router would match every request twice: 15 % of its cost
         app.router.routes.extend(router.routes)
     problems.install(app)
-    app.add_middleware(Guard, authenticator=service.authenticator, max_body_bytes=service.settings.max_body_bytes)
+    settings = service.settings
+    app.add_middleware(
+        Guard,
+        authenticator=service.authenticator,
+        max_body_bytes=settings.max_body_bytes,
+        max_image_body_bytes=settings.max_image_body_bytes,
+    )
     if service.authenticator.on:
         document = _with_bearer_keys(app)
         app.openapi = lambda: document  # type: ignore[method-assign]

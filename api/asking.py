@@ -46,6 +46,7 @@ async def answer(
     stream: bool = False,
     detached: bool = False,
     spelt: Mapping[str, str] = MappingProxyType({}),
+    images: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Response:
     """Queues a job and answers with what a worker makes of it.
 
@@ -54,6 +55,7 @@ async def answer(
         stream: with server-sent events, as they come.
         detached: the job is done though its client goes.
         spelt: parameters that have another name in the request than in the job.
+        images: of the job, by digest.
     """
     service, caller = service_of(request), caller_of(request)
     idempotency = _idempotency(body, request)
@@ -69,7 +71,7 @@ async def answer(
     terms = _terms(service, caller, job, view, idempotency, detached=detached)
     reservation = Reservation(caller) if known else await service.limits.reserve(caller, job)
     try:
-        events = await service.relay.submit(job, terms)
+        events = await service.relay.submit(job, terms, images)
     except BaseException:
         service.limits.settle(reservation, NOTHING)
         raise

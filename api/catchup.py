@@ -14,7 +14,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from fastchat_q import keys
+from fastchat_q import blobs, keys
 from fastchat_q.connection import TRANSIENT
 from fastchat_q.errors import FastchatQError, InvalidRequestError, JobFailedError
 from fastchat_q.events import TERMINAL_STATES, Delta, End, Result
@@ -149,6 +149,7 @@ class CatchUp:
             stream.submitted += 1
             log.warning("job lost by redis, submitted again", job=stream.job_id, tokens=stream.seen)
             try:
+                await blobs.store(self._redis, stream.model, submission.blobs, submission.terms.deadline_s)
                 accepted = await self._queue.enqueue(submission.job, submission.terms, stream.entries() or ())
             except FastchatQError as error:  # others were faster and filled the queue
                 log.warning("not accepted again", job=stream.job_id, error=error.message)

@@ -1,5 +1,7 @@
 """The outermost layer: request id, bearer key, scope, content type and body size, checked before anything is parsed."""
 
+import re
+
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
@@ -9,6 +11,9 @@ from fastchat_q.errors import AuthenticationError, FastchatQError, InvalidReques
 from .auth import Authenticator, check_scope, required_scope
 from .problems import error_response
 
+TAKES_IMAGES = ("/v1/chat/completions",)
+IMAGE = re.compile(rb'"data:image\\?/[^"]*"')
+"""A data URL in JSON: it is left out of the size here. Whether it is an image is seen when it is read."""
 DRAIN_LIMIT = 64 * 1024 * 1024
 """A refused body is read and thrown away up to here, so that the client gets to see the answer."""
 
@@ -21,12 +26,20 @@ class UnsupportedMediaTypeError(InvalidRequestError):
 
 
 class Guard:
-    """ASGI middleware for the whole application."""
+    """ASGI middleware for the whole application.
 
-    def __init__(self, app: ASGIApp, authenticator: Authenticator, max_body_bytes: int) -> None:
+    Args:
+        max_body_bytes: of a body, its images not counted.
+        max_image_body_bytes: of a body with images.
+    """
+
+    def __init__(
+        self, app: ASGIApp, authenticator: Authenticator, max_body_bytes: int, max_image_body_bytes: int
+    ) -> None:
         self._app = app
         self._authenticator = authenticator
         self._max_body_bytes = max_body_bytes
+        self._max_image_body_bytes = max(max_body_bytes, max_image_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -47,7 +60,7 @@ class Guard:
                 check_scope(caller, needed, scope["path"])
                 scope.setdefault("state", {})["caller"] = caller
             if scope["method"] in ("POST", "PUT", "PATCH") and _has_body(headers):
-                receive = await self._read_body(headers, receive)
+                receive = await self._read_body(headers, receive, scope["path"] in TAKES_IMAGES)
         except AuthenticationError as error:
             await error_response(error, {"www-authenticate": "Bearer"})(scope, receive, send_with_id)
         except FastchatQError as error:
@@ -55,7 +68,7 @@ class Guard:
         else:
             await self._app(scope, receive, send_with_id)
 
-    async def _read_body(self, headers: Headers, receive: Receive) -> Receive:
+    async def _read_body(self, headers: Headers, receive: Receive, takes_images: bool) -> Receive:
         """Reads the body within the limit and returns a receive that gives it again, whole."""
         content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != "application/json" and not content_type.endswith("+json"):
@@ -64,7 +77,8 @@ class Guard:
             )
         declared = headers.get("content-length", "")
         size = int(declared) if declared.isdecimal() else 0
-        too_large = size > self._max_body_bytes
+        limit = self._max_image_body_bytes if takes_images else self._max_body_bytes
+        too_large = size > limit
         parts: list[bytes] = []
         total = 0
         more = size <= DRAIN_LIMIT
@@ -75,15 +89,30 @@ class Guard:
             part = message.get("body", b"")
             total += len(part)
             more = message.get("more_body", False) and total <= DRAIN_LIMIT
-            too_large = too_large or total > self._max_body_bytes
+            too_large = too_large or total > limit
             if not too_large:
                 parts.append(part)
+        body = b"" if too_large else b"".join(parts)
+        del parts
+        if not too_large and total > self._max_body_bytes:
+            check_rest(total, sum(len(found[0]) for found in IMAGE.finditer(body)), self._max_body_bytes)
         if too_large:
+            setting = "FASTCHAT_Q_MAX_IMAGE_BODY_BYTES" if takes_images else "FASTCHAT_Q_MAX_BODY_BYTES"
             raise RequestTooLargeError(
-                f"The request body has {max(size, total)} bytes, the limit is {self._max_body_bytes}. "
-                "Shorten the messages, or raise FASTCHAT_Q_MAX_BODY_BYTES on the server."
+                f"The request body has {max(size, total)} bytes, the limit is {limit}. "
+                f"Shorten the messages, or raise {setting} on the server."
             )
-        return _replay({"type": "http.request", "body": b"".join(parts), "more_body": False}, receive)
+        return _replay({"type": "http.request", "body": body, "more_body": False}, receive)
+
+
+def check_rest(size: int, image_bytes: int, limit: int) -> None:
+    """Raises RequestTooLargeError if a body of so many bytes is too large without its images."""
+    if size - image_bytes > limit:
+        images = f", the limit is {limit}" if not image_bytes else f" beside its images, the limit is {limit}"
+        raise RequestTooLargeError(
+            f"The request body has {size - image_bytes} bytes{images}. "
+            "Shorten the messages, or raise FASTCHAT_Q_MAX_BODY_BYTES on the server."
+        )
 
 
 def _has_body(headers: Headers) -> bool:

@@ -4,9 +4,11 @@ import base64
 import binascii
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fastchat_q.errors import InvalidRequestError
+from fastchat_q.images import KINDS, media_type
 
 DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)(?:;[\w=.+-]+)*?(?P<base64>;base64)?,", re.ASCII)
 
@@ -24,6 +26,12 @@ class Images:
     max_bytes: int = 20 * 1024 * 1024
     blobs: dict[str, bytes] = field(default_factory=dict)
     """By SHA-256 in hex."""
+    fetched: Mapping[str, bytes] = field(default_factory=dict)
+    """By URL: images that were fetched."""
+    remote: bool = False
+    """This server fetches images if they are named by URL."""
+    url_bytes: int = 0
+    """Bytes of the data URLs so far, as they came."""
     _count: int = 0
 
     def add(self, url: str, param: str) -> str:
@@ -35,7 +43,10 @@ class Images:
         self._count += 1
         if self._count > self.max_count:
             raise _refused(param, f"The request has more than {self.max_count} images", "too_many_images")
-        content = self._decode(url, param)
+        content = self.fetched.get(url)
+        if content is None:
+            content = self._decode(url, param)
+            self.url_bytes += len(url)
         digest = hashlib.sha256(content).hexdigest()
         self.blobs[digest] = content
         return digest
@@ -45,7 +56,9 @@ class Images:
             raise _refused(
                 param,
                 f"{url[:80]!r} is no data URL, and this server fetches nothing from elsewhere. Send the image itself: "
-                "data:image/png;base64,...",
+                "data:image/png;base64,..."
+                if not self.remote
+                else f"{url[:80]!r} is neither a data URL nor an https URL",
                 "remote_url",
             )
         head = DATA_URL.match(url)
@@ -60,6 +73,8 @@ class Images:
             raise _refused(param, f"The data URL is not base64: {error}", "invalid_image_url") from error
         if not content:
             raise _refused(param, "The image is empty", "invalid_image_url")
+        if media_type(content) is None:
+            raise _refused(param, f"The image is not {KINDS}", "invalid_image")
         return content
 
 

@@ -71,7 +71,7 @@ def _model(entry: Registration) -> dict[str, Any]:
     card = entry.card
     shown = {"id": card.name, "object": "model", "created": card.created, "owned_by": OWNER, "state": entry.state}
     progress = {"progress": entry.progress, "phase": entry.phase} if entry.state == "loading" else {}
-    return shown | progress | (_abilities(card) if entry.serves else {})
+    return shown | progress | (_abilities(card) if entry.serves and not entry.on_demand else {})
 
 
 def _abilities(card: ModelCard) -> dict[str, Any]:

@@ -5,13 +5,14 @@ is looked after once a second, and so is one whose reader is slow.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import structlog
 from redis.asyncio import Redis
 
-from fastchat_q import keys
+from fastchat_q import blobs, keys
 from fastchat_q.errors import InvalidRequestError, JobNotFoundError
 from fastchat_q.events import parse_line
 from fastchat_q.jobs import Job
@@ -39,6 +40,7 @@ class Relay:
     def __init__(
         self, redis: "Redis", blocking: "Redis", api_id: str, settings: Settings, slots: Callable[[str], int]
     ) -> None:
+        self._redis = redis
         self._blocking = blocking
         self._queue = Queue(redis)
         self._inbox = keys.inbox(api_id)
@@ -49,10 +51,13 @@ class Relay:
         self._catch_up = CatchUp(redis, slots)
         self._departures = Departures(self._queue, self._inbox, self._streams.__contains__)
 
-    async def submit(self, job: Job, terms: Terms) -> JobStream:
+    async def submit(self, job: Job, terms: Terms, images: Mapping[str, bytes] = MappingProxyType({})) -> JobStream:
         """Enqueues a job and returns its stream; whoever calls this also calls `leave`.
 
         With an idempotency key that was seen before, the stream is that of the earlier job, from its beginning.
+
+        Args:
+            images: of the job, by digest.
 
         Raises:
             QueueFullError, QueueDrainingError, IdempotencyConflictError: nothing was stored.
@@ -60,9 +65,12 @@ class Relay:
                 when it is back.
         """
         terms = replace(terms, inbox=self._inbox)
-        stream = self._open(job.model, job.id, 0, Submission(job, terms))  # first: tokens can be faster than the reply
+        stream = self._open(
+            job.model, job.id, 0, Submission(job, terms, images)
+        )  # first: tokens can be faster than the reply
         try:
             async with asyncio.timeout(SUBMIT_S):
+                await blobs.store(self._redis, job.model, images, terms.deadline_s)
                 accepted = await self._queue.enqueue(job, terms)
                 if accepted.job_id != job.id:
                     self._close(stream)

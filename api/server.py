@@ -26,6 +26,7 @@ from .catalog import Catalog
 from .durability import Durability
 from .limits import Limits
 from .relay import Relay
+from .remote_images import Fetcher
 from .service import Service
 
 log = structlog.get_logger()
@@ -69,7 +70,9 @@ async def _serve(settings: Settings, secrets: tuple[str, str] | None) -> None:
     catalog, registry, queue = Catalog(redis), Registry(redis), Queue(redis)
     relay, limits = Relay(redis, blocking, api_id, settings, catalog.slots), Limits(redis)
     durability = Durability(redis)
-    service = Service(settings, _authenticator(redis, secrets), catalog, limits, relay, redis, queue, durability)
+    fetcher = Fetcher(settings.max_image_bytes) if settings.allow_remote_images else None
+    authenticator = _authenticator(redis, secrets)
+    service = Service(settings, authenticator, catalog, limits, relay, redis, queue, durability, fetcher)
 
     async def reap() -> None:
         for model in catalog.known():

@@ -13,6 +13,7 @@ from .catalog import Catalog
 from .durability import Durability
 from .limits import Limits
 from .relay import Relay
+from .remote_images import Fetcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class Service:
     redis: "Redis"
     queue: Queue
     durability: Durability
+    fetcher: Fetcher | None = None
+    """None: images are not fetched."""
 
 
 def service_of(request: Request) -> Service:

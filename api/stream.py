@@ -8,8 +8,8 @@ import asyncio
 import contextlib
 import io
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from fastchat_q.errors import FastchatQError
 from fastchat_q.events import Delta, End, Event, Piece, Result, Usage, encode_payload
@@ -31,6 +31,8 @@ class Submission:
 
     job: Job
     terms: Terms
+    blobs: Mapping[str, bytes] = field(default_factory=dict)
+    """Its images, by digest."""
 
 
 class JobStream:

@@ -131,7 +131,7 @@ def both(folder: Path, model: Path, dtype: str) -> Iterator[dict[str, Side]]:
         wait(lambda: answers(f"http://127.0.0.1:{port}/health"), "vllm serve", START_S)
         system = stack.enter_context(front(folder))
         flags = ["--engine", "vllm", "--model", str(model), "--name", "tiny", "--dtype", dtype, "--no-supervise"]
-        flags += ["--engine-arg", "max-model-len=2048", "--redis-url", system.url]
+        flags += ["--max-model-len", "2048", "--redis-url", system.url]
         worker = stack.enter_context(started(*CLI, "worker", *flags, log=folder / "worker.log", **ENVIRONMENT))
         wait(lambda: models(system.port) == ["tiny"], "the worker", START_S)
         queue = {"api": system.api_pid, "worker": worker.pid, "redis": system.redis_pid}

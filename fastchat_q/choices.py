@@ -2,11 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from .errors import ConfigurationError
 from .models import served_name
 
-EngineName = Literal["transformers", "vllm", "echo", "openai", "anthropic", "gemini", "llama-cpp"]
+if TYPE_CHECKING:
+    from .jobs import Kind
+
+EngineName = Literal[
+    "transformers", "embeddings", "rerank", "vllm", "echo", "openai", "anthropic", "gemini", "llama-cpp"
+]
+KIND_OF_ENGINE: "dict[str, Kind]" = {"embeddings": "embed", "rerank": "rerank"}
+"""Which jobs an engine takes, if not chats."""
+Pooling = Literal["auto", "mean", "cls", "last"]
+"""What becomes the vector of a text: the mean of its tokens, the first, or the last."""
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu", "npu"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal[
@@ -67,6 +77,12 @@ class LoadOptions:
         default=None, metadata=_help("How the model writes reasoning, such as qwen3. [default: its family's]")
     )
     max_model_len: int | None = field(default=None, metadata=_help("Cap the context length. [default: the model's]", 1))
+    kv_memory: str | None = field(
+        default=None,
+        metadata=_help(
+            "Keys and values of all requests, such as 8GiB. [default: 80 % of a GPU's free memory, 25 % of RAM's]"
+        ),
+    )
 
 
 AS_IT_IS = LoadOptions()
@@ -89,6 +105,23 @@ NO_UPSTREAM = UpstreamOptions()
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderOptions:
+    """How the engines for embeddings and rankings compute."""
+
+    pooling: Pooling = field(default="auto", metadata=_help("Embeddings: auto is what the checkpoint says."))
+    prompt_name: str | None = field(
+        default=None, metadata=_help("Embeddings: put this prompt of the checkpoint before each text, such as query.")
+    )
+    batch_tokens: int | None = field(
+        default=None,
+        metadata=_help("Embeddings, rerank: tokens of a forward pass. [default: 16384, on a CPU 1024]", 1),
+    )
+
+
+AS_THE_CHECKPOINT_SAYS = EncoderOptions()
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerOptions:
     """What a worker is told on its command line."""
 
@@ -104,11 +137,31 @@ class WorkerOptions:
     upstream: UpstreamOptions = NO_UPSTREAM
     engine_arg: tuple[str, ...] = ()
     """Of vLLM's own options, as ``key=value``."""
+    lora: tuple[str, ...] = ()
+    """LoRA adapters of the model, as ``name=source``."""
+    encoder: EncoderOptions = AS_THE_CHECKPOINT_SAYS
 
     @property
     def served_as(self) -> str:
         """The name clients use."""
         return self.name or served_name(self.model)
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Names of models that are adapters of this one -> a folder or hub id.
+
+        Raises:
+            ConfigurationError: something is not of that form, or two names are the same.
+        """
+        found: dict[str, str] = {}
+        for words in self.lora:
+            name, _, source = words.partition("=")
+            if not name or not source:
+                raise ConfigurationError(f"--lora {words!r}: expected NAME=FOLDER or NAME=HUB_ID.")
+            if name in (self.served_as, *found):
+                raise ConfigurationError(f"--lora {words}: another model of this worker is called {name!r}.")
+            found[name] = source
+        return found
 
     def arguments(self) -> list[str]:
         """The command line that says the same."""

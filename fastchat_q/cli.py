@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from . import __version__, cli_dead, cli_jobs, cli_keys, cli_models, cli_queue
-from .choices import DemandOptions, Device, Dtype, EngineName, LoadOptions, UpstreamOptions, WorkerOptions
+from .choices import (
+    KIND_OF_ENGINE,
+    DemandOptions,
+    Device,
+    Dtype,
+    EncoderOptions,
+    EngineName,
+    LoadOptions,
+    UpstreamOptions,
+    WorkerOptions,
+)
 from .cli_common import EXIT_USAGE, AsJson, RedisUrl, StateDir, load_settings, parse_duration, with_options
 from .errors import ConfigurationError
 
@@ -57,6 +67,10 @@ WorkerId = Annotated[str | None, typer.Option("--id", hidden=True)]
 EngineArg = Annotated[
     list[str] | None, typer.Option("--engine-arg", help="An option of vLLM's own, as key=value; may be repeated.")
 ]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option("--lora", help="A LoRA adapter of the model, as NAME=FOLDER or NAME=HUB_ID: a model by this name."),
+]
 TokenDelay = Annotated[float, typer.Option("--token-delay-ms", min=0, help="Pace of the echo engine.")]
 
 
@@ -80,7 +94,9 @@ def offers(options: WorkerOptions, demand: DemandOptions) -> list[WorkerOptions]
         replace(options, model=model, name=name or options.name)
         for name, model in map(named, (options.model, *demand.more))
     ]
-    names = [offer.served_as for offer in found]
+    if options.lora and demand.applies:
+        raise ConfigurationError("--lora is for one model that is loaded at once, without --on-demand.")
+    names = [name for offer in found for name in (offer.served_as, *offer.adapters)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigurationError(f"Several models are called {', '.join(twice)}. Name each: --model NAME=MODEL.")
     return found
@@ -103,7 +119,7 @@ def root(
 
 
 @app.command()
-@with_options(load=LoadOptions, upstream=UpstreamOptions)
+@with_options(load=LoadOptions, upstream=UpstreamOptions, encoder=EncoderOptions)
 def up(
     host: Host = None,
     port: Port = None,
@@ -124,9 +140,11 @@ def up(
     keep_alive: KeepAlive = "5m",
     max_loaded: MaxLoaded = 1,
     engine_arg: EngineArg = None,
+    lora: Lora = None,
     *,
     load: LoadOptions,
     upstream: UpstreamOptions,
+    encoder: EncoderOptions,
 ) -> None:
     """Run everything: embedded Redis, API, one worker, orchestrator."""
     import asyncio
@@ -139,14 +157,18 @@ def up(
     )
     check_exposure(settings)
     first, *more = all_models(model, models)
-    own = tuple(engine_arg or ())
-    worker = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own)
+    own, loras = tuple(engine_arg or ()), tuple(lora or ())
+    worker = WorkerOptions(
+        first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own, loras, encoder
+    )
     demand = DemandOptions(tuple(more), on_demand, keep_alive, max_loaded)
     offered = offers(worker, demand)  # what is wrong is said here, and not in a log
     arguments = (*worker.arguments(), *demand.arguments(), "--drain-s", str(settings.drain_s))
     lock = hold_lock(settings.state_dir, http_base(settings.host, settings.port))
     with lock:
-        asyncio.run(Up(settings, UpOptions(tuple(offer.served_as for offer in offered), arguments)).run())
+        names = tuple(name for offer in offered for name in (offer.served_as, *offer.adapters))
+        told = UpOptions(names, arguments, KIND_OF_ENGINE.get(engine, "chat"))
+        asyncio.run(Up(settings, told).run())
 
 
 @app.command()
@@ -171,7 +193,7 @@ def serve(
 
 
 @app.command()
-@with_options(load=LoadOptions, upstream=UpstreamOptions)
+@with_options(load=LoadOptions, upstream=UpstreamOptions, encoder=EncoderOptions)
 def worker(
     model: Models = None,
     models: ModelList = None,
@@ -186,6 +208,7 @@ def worker(
     keep_alive: KeepAlive = "5m",
     max_loaded: MaxLoaded = 1,
     engine_arg: EngineArg = None,
+    lora: Lora = None,
     state_dir: StateDir = None,
     redis_url: RedisUrl = None,
     drain_s: DrainS = None,
@@ -194,6 +217,7 @@ def worker(
     *,
     load: LoadOptions,
     upstream: UpstreamOptions,
+    encoder: EncoderOptions,
 ) -> None:
     """Run a worker: an engine in a process of its own, and a supervisor for it.
 
@@ -205,8 +229,10 @@ def worker(
     settings = load_settings(state_dir=state_dir, redis_url=redis_url, drain_s=drain_s)
     url = settings.resolved_redis_url
     first, *more = all_models(model, models)
-    own = tuple(engine_arg or ())
-    options = WorkerOptions(first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own)
+    own, loras = tuple(engine_arg or ()), tuple(lora or ())
+    options = WorkerOptions(
+        first, name, engine, slots, device, dtype, threads, token_delay_ms, load, upstream, own, loras, encoder
+    )
     demand = DemandOptions(tuple(more), on_demand, keep_alive, max_loaded)
     offered = offers(options, demand)
     if no_supervise:
@@ -222,13 +248,15 @@ def worker(
     from .workers import ondemand, parent
     from .workers.engine_process import EngineProcess
 
+    kind = KIND_OF_ENGINE.get(engine, "chat")
+
     def process(offer: WorkerOptions) -> EngineProcess:
         command = [sys.executable, "-m", "fastchat_q.cli", "worker", "--no-supervise", *offer.arguments()]
         command += ["--drain-s", str(settings.drain_s)]
         return EngineProcess(
             command=lambda run_id: [*command, "--id", run_id],
             environment={"FASTCHAT_Q_REDIS_URL": url},  # not on the command line: it may hold a password
-            card=ModelCard(offer.served_as, engine, None, int(time.time()), device, dtype),
+            card=ModelCard(offer.served_as, engine, None, int(time.time()), device, dtype, kind),
             slots=slots or 0,
             drain_s=settings.drain_s,
             stall_s=settings.stall_s,

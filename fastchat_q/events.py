@@ -28,6 +28,10 @@ class ToolCallDelta(NamedTuple):
     name: str | None = None
 
 
+LOG_OF_0 = float("-inf")
+"""Of a token that cannot come; null in JSON."""
+
+
 class Alternative(NamedTuple):
     """A token that the model might have chosen."""
 
@@ -252,8 +256,9 @@ def _from_object(raw: dict[str, Any]) -> Piece:
     )
 
 
-def _to_logprob(token_id: int, token: str, logprob: float, top: list[list[Any]]) -> TokenLogprob:
-    return TokenLogprob(token_id, token, logprob, tuple([Alternative(*one) for one in top]))
+def _to_logprob(token_id: int, token: str, logprob: float | None, top: list[list[Any]]) -> TokenLogprob:
+    others = [Alternative(other, name, LOG_OF_0 if value is None else value) for other, name, value in top]
+    return TokenLogprob(token_id, token, LOG_OF_0 if logprob is None else logprob, tuple(others))
 
 
 def decode_delta(n: int, k: int, payload: bytes) -> Delta:

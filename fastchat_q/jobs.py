@@ -156,6 +156,11 @@ class Job(_Frozen):
         prompt = _tokens(sum(len(message.text) for message in self.messages)) + images * IMAGE_TOKENS
         return prompt + self.sampling.n * (self.sampling.max_tokens or ASSUMED_TOKENS)
 
+    @property
+    def blobs(self) -> tuple[str, ...]:
+        """The blobs of all its images, each once."""
+        return tuple(dict.fromkeys(blob for message in self.messages for blob in message.images))
+
     def asks(self) -> dict[str, Feature]:
         """Request parameters that ask for more than plain generation, and the feature that each needs."""
         asked = self.sampling.asks()

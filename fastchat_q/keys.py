@@ -45,6 +45,10 @@ class ModelKeys:
         """Stream: the token log, ids ``0-<n>`` where n counts the tokens so far. Lives as long as the job."""
         return f"{self.prefix}t:{job_id}"
 
+    def blob(self, digest: str) -> str:
+        """String: an image of jobs, by the SHA-256 of its bytes. As long as the last job that came with it can run."""
+        return f"{self.prefix}blob:{digest}"
+
     @property
     def lease(self) -> str:
         """Zset: id -> lease expiry in ms. Every running job."""

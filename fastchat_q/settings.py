@@ -44,9 +44,14 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=1024 * 1024, ge=1024)
     """A request larger than this is refused with 413, before anything is queued."""
     max_images: int = Field(default=16, ge=0)
-    """Images that a request may hold. They come as data URLs, so ``max_body_bytes`` bounds them all together."""
+    """Images that a request may hold."""
+    max_image_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024)
+    """A chat request that holds images as data URLs may be so large; all but the images within ``max_body_bytes``."""
+    allow_remote_images: bool = False
+    """Fetch images that are named by https URL. Whoever may ask a model then has this server connect to any public
+    address; nothing else is reached."""
     max_image_bytes: int = Field(default=20 * 1024 * 1024, ge=1)
-    """Of an image, decoded."""
+    """Of an image, decoded or fetched."""
     max_inputs: int = Field(default=2048, ge=1)
     """Texts that a request may have embedded, or ranked."""
     max_waiting: int = Field(default=2048, ge=1)

@@ -14,17 +14,19 @@ import urllib.request
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from redis.asyncio import Redis
 
 from . import keys
+from .abilities import ENDPOINTS
 from .addresses import check_port_free, http_base, without_password
 from .capabilities import check_orchestrator_redis
 from .connection import connect
 from .credentials import KEY_FILE, load_or_create_api_key, write_secret
 from .embedded import durability_findings, is_up, server_binary, server_command, server_version
 from .errors import ConfigurationError
+from .jobs import Kind
 from .loops import AWAY, check_cancelled
 from .registry import Registration, Registry
 from .settings import Settings
@@ -39,6 +41,14 @@ HAND_BACK_S = 15.0
 LOOK_S = 1.0
 
 
+EXAMPLES: dict[Kind, dict[str, Any]] = {
+    "chat": {"stream": True, "messages": [{"role": "user", "content": "Who are you?"}]},
+    "embed": {"input": "Who are you?"},
+    "rerank": {"query": "What is red?", "documents": ["the sky", "a ripe tomato"]},
+}
+"""A first request for each kind of model."""
+
+
 @dataclass(frozen=True, slots=True)
 class UpOptions:
     """What ``up`` is told beyond the settings."""
@@ -46,6 +56,8 @@ class UpOptions:
     models: tuple[str, ...]
     """What clients may ask for."""
     worker_arguments: tuple[str, ...]
+    kind: Kind = "chat"
+    """What the models do."""
 
 
 class Up:
@@ -240,15 +252,10 @@ class Up:
         if self._settings.auth:
             auth = f'-H "Authorization: Bearer {api_key}" '
             self._say(f"\n  Key   {api_key}   (also in {self._settings.state_dir / KEY_FILE})")
-        body = json.dumps(
-            {
-                "model": self._options.models[0],
-                "stream": True,
-                "messages": [{"role": "user", "content": "Who are you?"}],
-            }
-        )
+        body = json.dumps({"model": self._options.models[0], **EXAMPLES[self._options.kind]})
+        url = base + ENDPOINTS[self._options.kind].removeprefix("POST ")
         self._say(f"  API   {base}/v1   logs {self._logs}")
-        self._say(f"  Try   curl -N {base}/v1/chat/completions {auth}-H 'Content-Type: application/json' -d '{body}'")
+        self._say(f"  Try   curl -N {url} {auth}-H 'Content-Type: application/json' -d '{body}'")
         self._say("  Ctrl-C drains and stops\n")
 
     def _say(self, line: str) -> None:

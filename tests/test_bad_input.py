@@ -9,6 +9,29 @@ from .http_client import CHAT, get, post
 from .stack import API_KEY, Stack
 
 USER = {"role": "user", "content": "hi"}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+PIXEL = "data:image/png;base64,iVBORw0KGgo="
+
+
+def image(url: str, **fields: Any) -> dict[str, Any]:
+    """A message with an image."""
+    parts = [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": url, **fields}}]
+    return {"role": "user", "content": parts}
+
+
+def tool(name: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
+def schema(found: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "s", "schema": found}}
+
+
+def nested(levels: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for _ in range(levels):
+        found = {"items": found}
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +74,30 @@ def test_a_body_that_is_no_request(echo_stack: Stack, body: bytes, code: str | N
         ({"messages": None}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages[0].role"),
-        ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "tool", "tool_call_id": "c"}]}, "messages[0].content"),
+        ({"messages": [{"role": "function", "content": "hi", "name": "f"}]}, "messages[0].role"),
+        ({"messages": [{**USER, "tool_call_id": "c"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{**USER, "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+        ({"messages": [{**USER, "reasoning_content": "hm"}]}, "messages[0].reasoning_content"),
+        ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": []}]}, "messages[1].content"),
         ({"messages": [USER, {"role": "user"}]}, "messages[1].content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].image_url"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"messages": [image("https://example.org/cat.png")]}, "messages[0].content[1].image_url.url"),
+        ({"messages": [image("file:///etc/passwd")]}, "messages[0].content[1].image_url.url"),
+        ({"messages": [image("data:image/png;base64,!!!")]}, "messages[0].content[1].image_url.url"),
+        ({"messages": [image("data:image/png;base64,")]}, "messages[0].content[1].image_url.url"),
+        ({"messages": [image("data:text/html;base64,AAAA")]}, "messages[0].content[1].image_url.url"),
+        ({"messages": [image("data:image/png,AAAA")]}, "messages[0].content[1].image_url.url"),
+        ({"messages": [image(PIXEL, detail="low")]}, "messages[0].content[1].image_url.detail"),
+        ({"messages": [image(PIXEL)] * 17}, "messages[16].content[1].image_url.url"),
+        ({"messages": [{**image(PIXEL), "role": "system"}]}, "messages[0].content[1].type"),
         ({"messages": [{"role": "user", "content": "hi", "extra": 1}]}, "messages[0].extra"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": -0.1}, "temperature"),
@@ -85,12 +126,81 @@ def test_a_body_that_is_no_request(echo_stack: Stack, body: bytes, code: str | N
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "\udc00"}]}]},
             "messages[0].content[0].text",
         ),
-        ({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [1]}]}, "messages[1].tool_calls"),
+        ({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [1]}]}, "messages[1].tool_calls[0]"),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{**CALL, "id": 1}]}]},
+            "messages[1].tool_calls[0].id",
+        ),
         ({"n": 2}, "n"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "custom", "custom": {"name": "c"}}]}, "tools[0].type"),
+        ({"tools": [tool("no spaces")]}, "tools[0].function.name"),
+        ({"tools": [tool("f" * 65)]}, "tools[0].function.name"),
+        ({"tools": [tool("f", parameters="{}")]}, "tools[0].function.parameters"),
+        ({"tools": [tool("f", parameters={"default": float("nan")})]}, "tools[0].function.parameters"),
+        ({"tools": [tool("f", parameters={"\ud800": 1})]}, "tools[0].function.parameters"),
+        ({"tools": [tool("f", parameters=nested(100))]}, "tools[0].function.parameters"),
+        ({"tools": [tool("f", parameters={"maximum": 2**70})]}, "tools[0].function.parameters"),
+        ({"tools": [tool("f")] * 129}, "tools"),
+        ({"tools": [tool("f")], "tool_choice": "always"}, "tool_choice"),
+        ({"tools": [tool("f")], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": [tool("f")], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
         ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+        ({"top_logprobs": 5}, "top_logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "text", "json_schema": {"name": "s", "schema": {}}}},
+            "response_format.json_schema",
+        ),
+        ({"response_format": schema({"a": "\ud800"})}, "response_format.json_schema.schema"),
+        ({"response_format": schema([])}, "response_format.json_schema.schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "s"}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["a", 1]}}, "structured_outputs.choice[1]"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),
+        ({"structured_outputs": {"lark": "a"}}, "structured_outputs.lark"),
+        ({"guided_json": {}}, "guided_json"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"5": True}}, "logit_bias"),
+        ({"logit_bias": {"hello": 1}}, "logit_bias"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": "1"}, "stop_token_ids"),
+        ({"reasoning_effort": "extreme"}, "reasoning_effort"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"best_of": 2}, "best_of"),
+        ({"Temperature": 1}, "Temperature"),
+        ({"str": 1}, "str"),
         ({"temprature": 0.5}, "temprature"),
         ({"stream_options": {"include_usage": True}}, None),
         ({"max_tokens": 5, "max_completion_tokens": 6}, None),

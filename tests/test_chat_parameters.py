@@ -29,7 +29,9 @@ SCHEMA = {"type": "object", "properties": {"z": {"type": "integer"}, "a": {"type
 SCHEMA_TEXT = json.dumps(SCHEMA, separators=(",", ":"))
 IMAGE = {
     "type": "image_url",
-    "image_url": {"url": "data:image/png;base64," + base64.b64encode(b"not looked at by the API").decode()},
+    "image_url": {
+        "url": "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\nnot decoded by the API").decode()
+    },
 }
 
 

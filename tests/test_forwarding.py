@@ -131,10 +131,10 @@ def test_a_worker_that_dies_in_an_answer_is_replaced_and_no_word_comes_twice(sta
 
 
 def test_an_answer_that_comes_out_differently_the_second_time_is_an_honest_error(stack: Stack, upstream: Stack) -> None:
-    echo = echo_worker(upstream, delay_ms=5)
+    echo = echo_worker(upstream, delay_ms=20)
     worker = forward(stack, upstream)
     messages = [{"role": "user", "content": "one two three"}]
-    connection, _ = open_stream(stack.port, {**ENDLESS, "messages": messages, "max_tokens": 500})
+    connection, _ = open_stream(stack.port, {**ENDLESS, "messages": messages, "max_tokens": 900})
     events = connection.events()
     for _ in range(30):
         next(events)

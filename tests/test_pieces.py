@@ -3,6 +3,7 @@
 from fastchat_q.api.stream import JobStream, Submission
 
 from fastchat_q.events import (
+    LOG_OF_0,
     Alternative,
     Delta,
     Piece,
@@ -23,7 +24,7 @@ RICH = Piece(
     choice=1,
     reasoning="hm",
     tool_calls=(CALL,),
-    logprobs=(TokenLogprob(5, "é", -0.5, (Alternative(5, "é", -0.5), Alternative(7, "x", -1.5))),),
+    logprobs=(TokenLogprob(5, "é", -0.5, (Alternative(5, "é", -0.5), Alternative(7, "x", LOG_OF_0))),),
     finish="tool_calls",
 )
 EMBEDDING = Piece(vector="AAAA", units=1)

@@ -119,6 +119,19 @@ def test_the_default_model_answers_through_the_official_client(ups: list[Up], fo
     assert text == "The capital of France is Paris."
 
 
+def test_a_model_for_embeddings_answers_the_curl_line_and_the_official_client(ups: list[Up], folder: Path) -> None:
+    from .engines.random_encoders import checkpoint
+
+    checkpoint(folder / "bert", "bert", pooling="mean_tokens")
+    up = start(ups, folder, "--engine", "embeddings", "--model", str(folder / "bert")).ready()
+    [curl] = re.findall(r"curl .*", up.output())
+    answer = subprocess.run(shlex.split(curl), capture_output=True, text=True, check=True, timeout=30).stdout
+    with up.client() as client:
+        again = client.embeddings.create(model="bert", input="Who are you?", encoding_format="float")
+    assert json.loads(answer)["data"][0]["embedding"] == again.data[0].embedding
+    assert len(again.data[0].embedding) == 32
+
+
 def test_ctrl_c_drains_and_leaves_nothing_running(ups: list[Up], folder: Path) -> None:
     up = start(ups, folder, *ECHO).ready()
     children = list(up.children().values())

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from fastchat_q.workers.engines.base import Request
 
-from fastchat_q.choices import WorkerOptions
+from fastchat_q.choices import LoadOptions, WorkerOptions
 from fastchat_q.errors import ConfigurationError, ContextLengthError, InvalidRequestError
 from fastchat_q.events import Piece
 from fastchat_q.jobs import Guide, Job, Sampling
@@ -33,8 +33,8 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]  #
 CONTEXT = 512
 STARTUP_S = 400.0
 LONG = " ".join(f"word{n}" for n in range(20))
-OPTIONS = WorkerOptions("", "tiny", "vllm", 16, "auto", "float32", None, 0.0)
-EAGER = ("enforce-eager=true", f"max-model-len={CONTEXT}")
+OPTIONS = WorkerOptions("", "tiny", "vllm", 16, "auto", "float32", None, 0.0, LoadOptions(max_model_len=CONTEXT))
+EAGER = ("enforce-eager=true",)
 """Without compilation, which takes a minute and changes the order of sums."""
 
 
@@ -368,12 +368,12 @@ def test_every_field_of_a_sampling_reaches_vllm() -> None:
 @pytest.mark.parametrize(
     ("pair", "said"),
     [
-        ("max-model-lenn=5", "Did you mean max-model-len"),
+        ("max-num-batched-token=5", "Did you mean max-num-batched-tokens"),
         ("colour=red", "has no such option"),
         ("max-num-seqs=4", "from its own options"),
         ("enforce-eager=perhaps", "true or false"),
-        ("max-model-len", "needs a value"),
-        ("max-model-len=many", "--engine-arg: argument --max-model-len"),
+        ("block-size", "needs a value"),
+        ("block-size=many", "--engine-arg: argument --block-size"),
     ],
 )
 def test_an_option_that_vllm_has_not_is_an_error_that_says_what_it_has(pair: str, said: str) -> None:
@@ -387,9 +387,9 @@ def test_an_option_that_vllm_has_not_is_an_error_that_says_what_it_has(pair: str
 def test_options_reach_vllm_as_on_its_own_command_line() -> None:
     from fastchat_q.workers.engines.vllm_setup import _parse, engine_arguments
 
-    words = engine_arguments(["max_model_len=2k", "enable-prefix-caching=false", "enforce-eager"])
+    words = engine_arguments(["max_num_batched_tokens=2k", "enable-prefix-caching=false", "enforce-eager"])
     args = _parse(["--model=m", *words, *engine_arguments(["compilation-config.mode=0"])])
-    assert (args.max_model_len, args.enable_prefix_caching, args.enforce_eager) == (2000, False, True)
+    assert (args.max_num_batched_tokens, args.enable_prefix_caching, args.enforce_eager) == (2000, False, True)
     assert args.compilation_config.mode == 0
 
 
@@ -429,7 +429,7 @@ def test_a_stream_goes_on_when_its_workers_process_is_killed_and_nothing_of_vllm
     import psutil
 
     flags = ["--engine", "vllm", "--model", str(model), "--name", "tiny", "--dtype", "float32"]
-    flags += [f"--engine-arg={pair}" for pair in EAGER]
+    flags += ["--max-model-len", str(CONTEXT), *(f"--engine-arg={pair}" for pair in EAGER)]
     worker = stack.start("worker", "worker", *flags)
     wait_until(lambda: not worker.alive or stack.registered(worker.pid), "the worker serves", STARTUP_S)
     assert worker.alive, worker.output()

@@ -94,9 +94,12 @@ async def test_a_worker_that_keeps_losing_its_job_to_itself_writes_each_token_on
             async def further(least: int = 20 * (loss + 1)) -> bool:
                 return int(await redis.hget(NAMES.job("J1"), "n") or 0) >= least  # type: ignore[misc]
 
+            async def lost() -> bool:
+                await redis.zadd(NAMES.lease, {"J1": 1})
+                return (await Queue(redis).reap("echo")).handed_back == 1
+
             await until(further, "it gets on")
-            await redis.zadd(NAMES.lease, {"J1": 1})
-            await Queue(redis).reap("echo")
+            await until(lost, "a reaper comes before the lease is extended again")
         await ended(redis)
     assert await state(redis) == "succeeded"
     assert_whole(await read(redis, "echo", "J1"))

@@ -172,8 +172,8 @@ async def test_what_is_not_finished_goes_back_to_each_models_queue(redis: "Redis
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"kind": "embed", "inputs": ["text"]}, "takes chat requests"),
-        ({"sampling": {"logprobs": 2}}, "cannot do what is asked for: logprobs"),
+        ({"kind": "embed", "inputs": ["text"]}, "takes no such request"),
+        ({"sampling": {"logprobs": 2}}, "'logprobs' asks for what the model"),
     ],
 )
 async def test_a_job_that_the_model_is_not_for_is_refused_by_the_worker_too(

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Set
+from collections.abc import Awaitable, Callable, Set
 
 import structlog
 from redis.exceptions import ResponseError
@@ -14,7 +14,6 @@ from fastchat_q.connection import TRANSIENT
 from fastchat_q.loops import AWAY, PreemptedError, check_cancelled, unless
 from fastchat_q.queue import Advice, Claim, Queue
 
-from .active import Active
 from .slots import Slots
 from .turns import Turns
 
@@ -34,8 +33,8 @@ class Claimer:
     Args:
         queue: must not resend by itself: a repeated CLAIM takes further jobs.
         bells: for blocking reads.
-        active: all that the worker runs.
-        turns: shared by the models of the worker, as ``slots`` and ``active`` are.
+        lanes: tells the lane of each job that the worker runs, of whatever model.
+        turns: shared by the models of the worker, as ``slots`` are.
         known: ids of all jobs that the worker still has a say in.
         ready: whether the engine takes further jobs at the moment.
         freed: set when a slot became free; cleared here.
@@ -48,7 +47,7 @@ class Claimer:
         model: str,
         worker_id: str,
         slots: Slots,
-        active: Mapping[str, Active],
+        lanes: Callable[[], list[str]],
         turns: Turns,
         *,
         known: Callable[[], Set[str]],
@@ -59,7 +58,7 @@ class Claimer:
     ) -> None:
         self._queue, self._bells = queue, bells
         self._model, self._id = model, worker_id
-        self._slots, self._active, self._turns = slots, active, turns
+        self._slots, self._lanes, self._turns = slots, lanes, turns
         self._known, self._ready, self._begin = known, ready, begin
         self.freed, self._stopping = freed, stopping
         self._doubt = ""
@@ -103,7 +102,7 @@ class Claimer:
         await self.settle()
 
     def _offer(self, others: int) -> list[tuple[str, int]]:
-        lanes = [active.claim.lane for active in self._active.values()]
+        lanes = self._lanes()
         if keys.QUARANTINE in lanes or not self._turns.may_take(self._model) or not self._ready():  # suspects run alone
             return []
         return self._slots.offer(lanes, self._model, others)
@@ -111,13 +110,14 @@ class Claimer:
     async def _claim(self, offer: list[tuple[str, int]]) -> tuple[Advice, bool, bool]:
         """Returns the queue's advice, whether slots are left, and whether jobs may wait that those are not for."""
         sent, most, self._rung = time.monotonic(), max(limit for _, limit in offer), False
+        running = len(self._lanes())
         taken = await self._queue.claim(
             self._model,
             self._id,
-            running=len(self._active),
+            running=running,
             lanes=offer,
             nonce=secrets.token_hex(4),
-            headroom=self._slots.headroom_beside(len(self._active), most),
+            headroom=self._slots.headroom_beside(running, most),
         )
         if taken.advice is Advice.EMPTY_FIRST:
             self._turns.reserve(self._model)

@@ -60,7 +60,9 @@ def _key(options: WorkerOptions, kind: Forwarder) -> str | None:
     if options.upstream.api_key_env is not None:
         key = os.environ.get(options.upstream.api_key_env)
         if not key:
-            raise ConfigurationError(f"--api-key-env: there is no variable {options.upstream.api_key_env}.")
+            raise ConfigurationError(
+                f"--api-key-env {options.upstream.api_key_env}: there is no such environment variable."
+            )
         return key
     if options.engine == "openai" and options.upstream.base_url is not None:
         return None  # a key of OpenAI's is not for anybody else

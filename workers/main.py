@@ -9,7 +9,7 @@ import sys
 import structlog
 import uvloop
 
-from fastchat_q.choices import WorkerOptions
+from fastchat_q.choices import AS_THE_CHECKPOINT_SAYS, KIND_OF_ENGINE, WorkerOptions
 from fastchat_q.errors import ConfigurationError
 
 from . import forwarders
@@ -22,7 +22,16 @@ from .worker import Limits, Worker
 
 log = structlog.get_logger()
 
-DEFAULT_SLOTS = {"transformers": 16, "echo": 64, "openai": 64, "anthropic": 16, "gemini": 16, "llama-cpp": 4}
+DEFAULT_SLOTS = {
+    "transformers": 16,
+    "embeddings": 32,
+    "rerank": 32,
+    "echo": 64,
+    "openai": 64,
+    "anthropic": 16,
+    "gemini": 16,
+    "llama-cpp": 4,
+}
 EXIT_FAILED = 1
 EXIT_HUNG = 70
 """The engine's thread hangs: of its own, so that a supervisor of any kind can tell it from a crash."""
@@ -59,10 +68,16 @@ def serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None)
 def build_engine(options: WorkerOptions) -> Engine:
     """Loads the chosen engine; heavy imports happen here and only here."""
     name = options.served_as
+    if options.engine not in KIND_OF_ENGINE and options.encoder != AS_THE_CHECKPOINT_SAYS:
+        raise ConfigurationError(
+            f"--pooling, --prompt-name and --batch-tokens are for --engine embeddings and rerank, not {options.engine}."
+        )
     if options.engine == "vllm":
         return _vllm(options, name)
     if options.engine_arg:
         raise ConfigurationError(f"--engine-arg is for --engine vllm; {options.engine} has no such options.")
+    if options.lora and options.engine != "transformers":
+        raise ConfigurationError(f"--lora is for --engine transformers and vllm; {options.engine} has no adapters.")
     slots = options.slots or DEFAULT_SLOTS[options.engine]
     if options.engine == "echo":
         from .engines.echo import EchoEngine
@@ -73,20 +88,31 @@ def build_engine(options: WorkerOptions) -> Engine:
     progress = Progress()
     progress(0.0, "import")
     try:
-        from .engines import devices, loading, transformers_engine
+        from .engines import devices, loading, lora, transformers_engine
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            f"The transformers engine needs {error.name}, which is not installed: pip install 'fastchat-q[worker]', "
-            "or take --engine echo, which needs no model."
+            f"The {options.engine} engine needs {error.name}, which is not installed: "
+            "pip install 'fastchat-q[worker]', or take --engine echo, which needs no model."
         ) from error
     devices.set_threads(options.threads)
+    folders = lora.fetch(options.adapters, options.load)
     log.info("loading", model=options.model, device=options.device, dtype=options.dtype)
+    if options.engine in KIND_OF_ENGINE:
+        from .engines import encoders
+
+        return encoders.build(options, name, slots, progress)
     loaded = loading.load(options.model, options.device, options.dtype, options.load, progress)
     if isinstance(loaded.adapter, Generates):
         from .engines.adapted import AdaptedEngine
 
+        if options.lora:
+            raise ConfigurationError(f"--lora: {options.model!r} is run by Python code of its own, without adapters.")
+
         return AdaptedEngine(name, slots, loaded, loaded.adapter)
-    return transformers_engine.build(name, slots, loaded)
+    asked = options.load.kv_memory
+    kv_bytes = devices.parse_bytes(asked, "--kv-memory") if asked is not None else None
+    adapters = lora.load(loaded.model, options.model, folders)
+    return transformers_engine.build(name, slots, loaded, kv_bytes, adapters)
 
 
 def _vllm(options: WorkerOptions, name: str) -> Engine:
@@ -96,7 +122,7 @@ def _vllm(options: WorkerOptions, name: str) -> Engine:
         raise ConfigurationError(
             f"The vLLM engine needs {error.name}, which is not installed: docs/workers/vllm.md says how."
         ) from error
-    return vllm_setup.build(options, name)
+    return vllm_setup.build(options, name, options.adapters)
 
 
 async def _serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import structlog
 from redis.exceptions import RedisError
 
-from fastchat_q import keys
+from fastchat_q import blobs, keys
 from fastchat_q.abilities import check_can_do
 from fastchat_q.connection import TRANSIENT
 from fastchat_q.errors import FastchatQError, InvalidRequestError, JobFailedError, RetryableError
@@ -145,7 +145,7 @@ class Worker:
             card.name,
             self.id,
             self._slots,
-            self._active,
+            lambda: [active.claim.lane for active in self._active.values()],
             self._turns,
             known=lambda: self._active.keys() | publisher.job_ids(),
             ready=lambda: not (self._watch.slow or self._engine.trouble),
@@ -181,6 +181,7 @@ class Worker:
         try:
             job = Job.from_spec(claim.spec)
             check_can_do(active.line.card, job)  # the API may not have known the card
+            images = await blobs.fetch(self._links.commands, active.line.model, job.blobs)
             prior: tuple[Piece, ...] = ()
             if claim.n:
                 deltas = await read_claimed(self._links.commands, active.line.model, claim)
@@ -196,13 +197,13 @@ class Worker:
         except FastchatQError as error:
             self._end(active, (), Ended(error=error))
         except TRANSIENT as error:  # it cannot be begun now
-            log.warning("could not read the log", job=claim.job_id, error=str(error))
+            log.warning("could not read the job", job=claim.job_id, error=str(error))
             self._hand_back(claim)
         except (KeyError, TypeError, ValueError, RedisError) as error:  # somebody else wrote into its log, or over it
             damaged = JobFailedError(f"The token log is damaged: {error!r}.", code="log_incomplete")
             self._end(active, (), Ended(error=damaged))
         else:
-            self._engine.submit(Request(job, active.ticket, prior))
+            self._engine.submit(Request(job, active.ticket, prior, images))
 
     def _hand_back(self, claim: Claim) -> None:
         """It cannot be begun here and now: that is nobody's fault."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 from fastchat_q.workers import adapters
 from fastchat_q.workers.engines.adapted import AdaptedEngine
-from fastchat_q.workers.engines.loading import BUILTIN_DIRS, Loaded, load
+from fastchat_q.workers.engines.hub import BUILTIN_DIRS
+from fastchat_q.workers.engines.loading import Loaded, load
 from fastchat_q.workers.engines.rendering import Renderer
 from transformers import AutoTokenizer
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from fastchat_q.workers.engines.configs import context_length
 from fastchat_q.workers.engines.loading import load
-from fastchat_q.workers.engines.memory import footprint, skeleton, weight_bytes
+from fastchat_q.workers.engines.memory import cache_layers, footprint, skeleton, weight_bytes
 from fastchat_q.workers.engines.plan import plan
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -72,7 +72,7 @@ QUANTISABLE = ["llama", "gpt2", "opt", "mixtral", "gemma3", "phi3", "gpt_neox"]
 def test_weights_and_caches_are_counted_to_the_byte(name: str, dtype: torch.dtype) -> None:
     config = ALL[name]()
     bare = skeleton(AutoModelForCausalLM, config, dtype)
-    count = footprint(bare, None, slots=2, prefill=64, stored=None)
+    count = footprint(bare, None, slots=2, prefill=64, stored=None, cache=cache_layers(bare))
     real = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     assert count.weights == bytes_of(real)
     assert count.parameters == sum(p.numel() for p in real.parameters())
@@ -89,7 +89,8 @@ def test_an_encoder_decoder_is_counted_with_its_two_caches() -> None:
         vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
     )
     real = AutoModelForSeq2SeqLM.from_config(config).eval()
-    count = footprint(skeleton(AutoModelForSeq2SeqLM, config, torch.float32), None, 1, 64, None)
+    bare = skeleton(AutoModelForSeq2SeqLM, config, torch.float32)
+    count = footprint(bare, None, 1, 64, None, cache_layers(bare))
     assert count.weights == bytes_of(real)
     ids = torch.ones((1, 48), dtype=torch.long)
     with torch.inference_mode():
@@ -179,7 +180,7 @@ def test_a_model_that_does_not_fit_is_planned_with_what_does() -> None:
     assert "does not fit on this machine" in none.advice
 
 
-def test_the_command_prints_tables_or_one_document_and_reads_no_weights(tmp_path: Path) -> None:
+def test_the_command_prints_one_document_and_needs_no_weights(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(  # the shape of Llama 3.1 8B, which has 8,030,261,248 parameters
         vocab_size=128256,
         hidden_size=4096,
@@ -193,17 +194,22 @@ def test_the_command_prints_tables_or_one_document_and_reads_no_weights(tmp_path
     )
     config.save_pretrained(tmp_path)
     command = [sys.executable, "-m", "fastchat_q.cli", "plan", str(tmp_path), "--device", "cpu", "--slots", "1"]
-    ran = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=250)
     assert ran.returncode == 0, ran.stderr
     document = json.loads(ran.stdout)
     assert document["parameters"] == 8_030_261_248
     assert document["asked"]["weights"] == pytest.approx(16_060_522_496, rel=0.001)
     assert document["cache_per_token"] == 131_072
     assert document["stored"] is None
-    ran = subprocess.run([*command, "--context-length", "8192"], capture_output=True, text=True, timeout=120)
-    assert "8,030,261,248" in ran.stdout
+
+
+def test_the_command_prints_tables_and_its_advice_on_stderr() -> None:
+    command = [sys.executable, "-m", "fastchat_q.cli", "plan", "tiny", "--slots", "2", "--context-length", "512"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert "1,697,472" in ran.stdout
     assert "bitsandbytes-4bit" in ran.stdout
-    assert "1 X 8192" in ran.stdout
+    assert "CACHE 2 X 512" in ran.stdout
+    assert "It fits on " in ran.stderr
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read() -> None:

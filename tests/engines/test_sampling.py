@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fastchat_q.workers.engines.sampling import CANDIDATES, IMPOSSIBLE, Sampler, _edit, uniform
+from fastchat_q.workers.engines.sampling import CANDIDATES, IMPOSSIBLE, MORE_CANDIDATES, Sampler, _edit, uniform
 from fastchat_q.workers.engines.sequence import Picked, Sequence
 from fastchat_q.workers.engines.text import TokenTexts
 from hypothesis import given, settings
@@ -28,8 +28,10 @@ from .rows import NamedTokens, language, pick, row
 EXTREMES = (-(2**63), -(2**63) + 1, -1, 0, 1, 2**63 - 1)
 PROMPT = [3, 9, 9, 17, 40]
 SAID = [5, 9, 5, 5, 21, 0]
-WIDE = 3 * CANDIDATES
-"""A vocabulary that needs the full sort when logits are flat."""
+WIDE = 6 * CANDIDATES
+"""A vocabulary that needs a second look when logits are flat."""
+WIDEST = MORE_CANDIDATES + 1001
+"""One that needs a full sort."""
 
 
 def random_logits(rows: int, vocabulary: int, spread: float = 3.0) -> torch.Tensor:
@@ -115,8 +117,7 @@ COMBINED: dict[str, dict[str, Any]] = {
 }
 
 
-def assert_draws_follow_the_reference(parameters: dict[str, Any], vocabulary: int) -> None:
-    count = 3000
+def assert_draws_follow_the_reference(parameters: dict[str, Any], vocabulary: int, count: int = 3000) -> None:
     logits = random_logits(1, vocabulary, spread=1.2)
     speaks = language(vocabulary)
     rows = [row(speaks, prompt=PROMPT, ids=SAID, seed=seed, **parameters) for seed in range(count)]
@@ -142,6 +143,11 @@ MANY_KEPT = [
 @pytest.mark.parametrize("parameters", MANY_KEPT, ids=str)
 def test_draws_from_more_tokens_than_the_candidates_follow_it_too(parameters: dict[str, Any]) -> None:
     assert_draws_follow_the_reference(parameters, WIDE)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"top_p": 0.99}, {"min_p": 1e-5, "top_k": 5000}], ids=str)
+def test_draws_from_more_tokens_than_a_second_look_sees_follow_it_too(parameters: dict[str, Any]) -> None:
+    assert_draws_follow_the_reference(parameters, WIDEST, count=800)
 
 
 @pytest.mark.parametrize("parameters", [{}, {"top_p": 0.8}, {"top_k": 5}], ids=str)
@@ -233,12 +239,16 @@ any_row = st.builds(
 
 
 @settings(max_examples=80, derandomize=True, deadline=None)
-@given(some=st.lists(any_row, min_size=2, max_size=12), wide=st.booleans(), number=st.integers(0, 10**6))
+@given(
+    some=st.lists(any_row, min_size=2, max_size=12),
+    vocabulary=st.sampled_from([300, WIDE, WIDEST]),
+    number=st.integers(0, 10**6),
+)
 def test_a_row_draws_the_same_alone_and_beside_any_neighbours(
-    some: list[dict[str, Any]], wide: bool, number: int
+    some: list[dict[str, Any]], vocabulary: int, number: int
 ) -> None:
-    vocabulary = WIDE if wide else 300
-    logits = torch.randn(len(some), vocabulary, generator=torch.Generator().manual_seed(number)) * (0.2 if wide else 3)
+    spread = 3.0 if vocabulary == 300 else 0.2
+    logits = torch.randn(len(some), vocabulary, generator=torch.Generator().manual_seed(number)) * spread
     logits[:, 100:110] = logits[:, 99:100]  # ties
     speaks, sampler = language(vocabulary, [7]), Sampler(TokenTexts(NamedTokens()))
     rows = [

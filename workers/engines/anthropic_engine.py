@@ -33,7 +33,7 @@ from .remote import (
     status_trouble,
 )
 
-FEATURES: tuple[Feature, ...] = ("sampling", "structured_outputs", "tools", "reasoning")
+FEATURES: tuple[Feature, ...] = ("sampling", "structured_outputs", "tools", "reasoning", "vision")
 MAX_TOKENS = 8192
 """The API wants a number; this is what a job gets that names none and whose model does not tell its own."""
 SAMPLING_VERSION = "2023-06-01"

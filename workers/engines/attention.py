@@ -5,8 +5,7 @@ and values to where the step says, and lets each token see its own row and nothi
 padding and no mask as wide as the batch: to the linear layers, all tokens of a step are one sequence.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,8 @@ from transformers import AttentionInterface, Cache, PreTrainedConfig
 from .kv import LayerShape, Place, Shapes, Slab
 
 NAME = "fastchat_q"
+CHOSEN = "_attn_implementation_internal"
+"""The entry of a config that names the attention function."""
 
 
 @dataclass(slots=True)
@@ -122,19 +123,25 @@ class NotPackedError(Exception):
     """This model's layers do not hand over what a packed step needs."""
 
 
-_step: PackedStep | None = None  # of the thread that runs `packed`, which no other thread does at the same time
+_step: PackedStep | None = None  # of the thread that is in `Packing`, which no other thread does at the same time
 
 
-@contextlib.contextmanager
-def packed(config: PreTrainedConfig, step: PackedStep) -> Iterator[PackedCache]:
+class Packing:
     """Within it, forward passes of models with this (text) config attend as the step says."""
-    global _step
-    before = config._attn_implementation_internal
-    _step, config._attn_implementation_internal = step, NAME
-    try:
-        yield PackedCache(step)
-    finally:
-        _step, config._attn_implementation_internal = None, before
+
+    def __init__(self, config: PreTrainedConfig, step: PackedStep) -> None:
+        self._entries = vars(config)  # setting an attribute of a config costs more than many an operation
+        self._step = step
+
+    def __enter__(self) -> PackedCache:
+        global _step
+        self._before = self._entries[CHOSEN]
+        _step, self._entries[CHOSEN] = self._step, NAME
+        return PackedCache(self._step)
+
+    def __exit__(self, *error: object) -> None:
+        global _step
+        _step, self._entries[CHOSEN] = None, self._before
 
 
 def attend(
@@ -194,16 +201,17 @@ def _decode(
     group = step.groups[i]
     keys, values = _tensors(group.slab, step.layer)
     rows = group.end - group.start
+    if rows < len(query):
+        query, key, value = (t[group.start : group.end] for t in (query, key, value))
     for store, new in ((keys, key), (values, value)):
         heads, size = new.shape[1:]
-        flat = store.view(-1, size)
-        flat.index_copy_(0, step.slots(i, heads, store.device), new[group.start : group.end].reshape(-1, size))
+        store.view(-1, size).index_copy_(0, step.slots(i, heads, store.device), new.reshape(-1, size))
     window = how.shape.window
     first = 0 if window is None else max(0, group.shortest - window + 1)
     rows_, columns = slice(group.first, group.first + rows), slice(first, group.longest + 1)
     keys, values = keys[rows_, :, columns], values[rows_, :, columns]
     mask = step.decode_mask(i, first, window, query)
-    folded = query[group.start : group.end].reshape(rows, how.shape.heads, -1, query.shape[-1])
+    folded = query.reshape(rows, how.shape.heads, -1, query.shape[-1])
     out = _attention(how, folded, keys, values, mask, causal=False)
     return out.reshape(rows, query.shape[1], -1)
 

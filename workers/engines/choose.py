@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from .dense import Dense
+from .devices import free_memory
 from .kv import LayerShape, Shapes
 from .packed import Packed
 from .passes import Model, Piece, Room, Row, RowByRow, Way
@@ -26,13 +27,33 @@ TRIAL = ((5, 3), (9, 4))
 TRIAL_COLUMNS = 4096
 
 
+CPU_SHARE = 0.25
+"""Of free main memory, for keys and values: the API, Redis and other workers may live on the same machine."""
+DEVICE_SHARE = 0.8
+"""Of free memory of an accelerator once the weights are there: the rest is for what a forward pass needs."""
+LEAST_BYTES = 64 * 2**20
+
+
+def default_kv_bytes(device: torch.device) -> int:
+    """Memory for keys and values when nobody said how much; taken only as requests need it."""
+    share = CPU_SHARE if device.type == "cpu" else DEVICE_SHARE
+    return max(LEAST_BYTES, int(free_memory(device).free * share))
+
+
 class NoWayError(Exception):
     """This model cannot be run token by token with a cache that is handed in."""
 
 
+Seen = tuple[list[int], dict[str, torch.Tensor]]
+"""Tokens of a prompt, and its other inputs."""
+
+
 @torch.inference_mode()
-def choose_way(model: Model, kv_bytes: int) -> Way:
+def choose_way(model: Model, kv_bytes: int, seen: Seen | None = None) -> Way:
     """The fastest way that gives the logits of the model's plain forward pass, with memory for so many bytes.
+
+    Args:
+        seen: a prompt with an image, for a model that takes them.
 
     Raises:
         NoWayError: there is none.
@@ -52,19 +73,19 @@ def choose_way(model: Model, kv_bytes: int) -> Way:
     plain = plain and getattr(model.config, "attention_chunk_size", None) is None
     trial = replace(room, total=room.per_row * len(TRIAL) + max(room.per_column, 1) * TRIAL_COLUMNS)
     if plain:
-        wrong = _try(Packed(model, trial, shapes))
+        wrong = _try(Packed(model, trial, shapes), seen)
         if not wrong:
             kept = int(kv_bytes * PREFIX_SHARE)
             return Packed(model, replace(room, total=kv_bytes - kept), shapes, kept)
         log.info("way not taken", way="packed", model=type(model.config).__name__, why=wrong)
     model.watch_layers()
     if kinds <= {DynamicLayer, LinearAttentionLayer}:
-        wrong = _try(Dense(model, trial, shapes))
+        wrong = _try(Dense(model, trial, shapes), seen)
         if not wrong:
             return Dense(model, room, shapes)
         log.info("way not taken", way="dense", model=type(model.config).__name__, why=wrong)
     way = RowByRow(model, room)
-    if wrong := _try(RowByRow(model, trial)):
+    if wrong := _try(RowByRow(model, trial), seen):
         raise NoWayError(wrong)
     return way
 
@@ -95,11 +116,14 @@ def _state_bytes(cache: DynamicCache) -> int:
     return sum(state.numel() * state.element_size() for state in states)
 
 
-def _try(way: Way) -> str:
+def _try(way: Way, seen: Seen | None) -> str:
     """Why this way must not be taken; empty: its logits are right."""
-    rows = [Row() for _ in TRIAL]
+    names = ["", *way.model.adapters.names[:1]]  # a row of the base beside one of an adapter
+    rows = [Row(names[i % len(names)]) for i in range(len(TRIAL))]
+    if seen is not None:
+        rows.append(Row(inputs=seen[1]))
     try:
-        return _trial(way, rows)
+        return _trial(way, rows[: len(TRIAL)]) or (_trial_of_sight(way, rows[-1], seen[0]) if seen is not None else "")
     except Exception as error:  # whatever an architecture that is not made for it raises
         return f"{type(error).__name__}: {error}"
     finally:
@@ -112,7 +136,7 @@ def _trial(way: Way, rows: list[Row]) -> str:
     """Takes two prompts in, in pieces where that is possible, and decodes both together; says what is wrong."""
     model, size = way.model, way.model.config.vocab_size
     texts = [[(7 * i + 3 * j + 1) % size for j in range(sum(counts))] for i, counts in enumerate(TRIAL)]
-    expected = {row: _plain(model, text) for row, text in zip(rows, texts, strict=True)}
+    expected = {row: _plain(model, text, row.namespace) for row, text in zip(rows, texts, strict=True)}
     steps: list[tuple[list[Row], list[Piece]]] = []
     for row, (prompt, _), text in zip(rows, TRIAL, texts, strict=True):
         way.reserve(row, len(text) + 1)
@@ -130,11 +154,26 @@ def _trial(way: Way, rows: list[Row]) -> str:
     return ""
 
 
-def _plain(model: Model, text: list[int]) -> torch.Tensor:
+def _trial_of_sight(way: Way, row: Row, ids: list[int]) -> str:
+    """The same for a prompt with an image and a token behind it, while no other row decodes."""
+    model = way.model
+    text = [*ids, ids[-1]]
+    if not way.reserve(row, len(text) + 1):
+        return "no room for an image"
+    for tokens, decode, pieces in ((len(ids), [], [Piece(row, ids, last=True)]), (len(text), [row], [])):
+        row.last_id = text[-1]
+        [part] = way.parts(decode, pieces)
+        logits = way.run(part).logits[0]
+        if wrong := _difference(model, logits, model.seen(text[:tokens], row.arguments(tokens))):
+            return f"with an image, {wrong}"
+    return ""
+
+
+def _plain(model: Model, text: list[int], namespace: str) -> torch.Tensor:
     """Logits (tokens, vocabulary) of each token, of a forward pass over all of them."""
     ids = torch.tensor([text], device=model.device)
     positions = torch.arange(len(text), device=model.device)[None]
-    return model(ids, positions, model.new_cache(), keep=0)[0].float()
+    return model(ids, positions, model.new_cache(), keep=0, owners=[(namespace, len(text))])[0].float()
 
 
 def _difference(model: Model, logits: torch.Tensor, expected: torch.Tensor) -> str:

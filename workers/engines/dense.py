@@ -42,11 +42,11 @@ class Dense(Way):
 
     def _prefill(self, piece: Piece) -> Result:
         row = piece.row
-        logits = self.model.extend(row.memory, row.length, piece.ids, **row.inputs)
+        logits = self.model.extend(row.memory, row.length, piece.ids, row.namespace, **row.arguments(len(piece.ids)))
         row.length += len(piece.ids)
         if piece.last:
             self._join(row)
-        return Result([row] if piece.last else [], logits)
+        return Result([row], logits) if piece.last else Result([], logits[:0])
 
     def _decode(self, rows: list[Row]) -> Result:
         rows = sorted(rows, key=lambda row: row.memory.index)
@@ -58,7 +58,8 @@ class Dense(Way):
         mask = None
         if self._padded and min(lengths) != max(lengths):
             mask = (torch.arange(step.columns, device=fed.device) <= fed[1][:, None]).long()
-        logits = self.model(fed[0][:, None], fed[1][:, None], DenseCache(step), mask)[:, -1].float()
+        owners = [(row.namespace, 1) for row in rows]
+        logits = self.model(fed[0][:, None], fed[1][:, None], DenseCache(step), mask, owners=owners)[:, -1].float()
         for row in rows:
             row.length += 1
             row.memory.length = row.length

@@ -34,7 +34,9 @@ from .remote import (
     retry_after_s,
 )
 
-FEATURES: tuple[Feature, ...] = ("n", "sampling", "penalties", "logprobs", "structured_outputs", "tools", "reasoning")
+FEATURES: tuple[Feature, ...] = (
+    *("n", "sampling", "penalties", "logprobs", "structured_outputs", "tools", "reasoning", "vision"),
+)
 LENGTH = frozenset({"MAX_TOKENS"})
 STOP = frozenset({"STOP", "FINISH_REASON_UNSPECIFIED"})
 BUDGETS = {"none": 0, "minimal": 512, "low": 1024, "medium": 8192, "high": 24576}

@@ -6,6 +6,7 @@ loop: between two tokens, requests come in and are cancelled as they do there be
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from fastchat_q.errors import InvalidRequestError
 from fastchat_q.registry import ModelCard
 
 from .base import Ended, Engine, Output, Request
-from .intake import COMPILING_S, FEATURES, Answers, Choice, Intake
+from .intake import COMPILING_S, Answers, Choice, Intake, features
 from .loading import Loaded
+from .lora import Adapters
+from .passes import fitting
 from .sampling import Sampler
 from .trouble import job_error
 
@@ -24,7 +27,7 @@ from .trouble import job_error
 class GenerateEngine(Engine):
     """Serves one loaded model through `generate`. See `Engine` for the contract."""
 
-    def __init__(self, name: str, slots: int, loaded: Loaded) -> None:
+    def __init__(self, name: str, slots: int, loaded: Loaded, adapters: Adapters | None = None) -> None:
         dtype = str(loaded.model.dtype).removeprefix("torch.")
         card = ModelCard(
             name,
@@ -33,11 +36,12 @@ class GenerateEngine(Engine):
             int(time.time()),
             loaded.device.type,
             dtype,
-            features=(*FEATURES, *loaded.format.features),
+            features=features(loaded),
             batching="generate",
         )
         super().__init__(card, slots)
         self._loaded = loaded
+        self._adapters = Adapters(loaded.model) if adapters is None else adapters
         self._intake = Intake(loaded)
         self.sampler = Sampler(self._intake.texts)
         self._waiting: deque[Choice] = deque()
@@ -47,6 +51,10 @@ class GenerateEngine(Engine):
         for layers in (m for m in loaded.model.modules() if isinstance(m, torch.nn.ModuleList)):
             for layer in layers:
                 layer.register_forward_pre_hook(lambda *_: self.alive())
+
+    @property
+    def cards(self) -> Sequence[ModelCard]:
+        return (self.card, *self._adapters.cards(self.card))
 
     def admit(self, request: Request) -> None:
         answers, ended = self._intake.answers(request)
@@ -81,16 +89,17 @@ class GenerateEngine(Engine):
         turn = _Turn(self, choice)
         model: Any = self._loaded.model
         try:
-            model.generate(
-                **self._inputs(choice),
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=choice.sequence.limit - len(choice.sequence.ids),
-                eos_token_id=None,
-                pad_token_id=0,
-                logits_processor=LogitsProcessorList([_Draw(turn)]),
-                stopping_criteria=StoppingCriteriaList([_Stop(turn)]),
-            )
+            with self._adapters.acting([(self._adapters.of(choice.answers.model), 1)]):
+                model.generate(
+                    **self._inputs(choice),
+                    do_sample=False,
+                    num_beams=1,
+                    max_new_tokens=choice.sequence.limit - len(choice.sequence.ids),
+                    eos_token_id=None,
+                    pad_token_id=0,
+                    logits_processor=LogitsProcessorList([_Draw(turn)]),
+                    stopping_criteria=StoppingCriteriaList([_Stop(turn)]),
+                )
         except Exception as error:  # this request fails, those that wait do not
             ticket, failed = choice.answers.ticket, Ended(error=job_error(error))
             if not self._dropped:
@@ -104,7 +113,7 @@ class GenerateEngine(Engine):
         config = self._loaded.model.config
         if not config.is_encoder_decoder:
             ids = torch.tensor([choice.tokens()], device=device)
-            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **fitting(choice.inputs, ids.shape[1])}
         ids = torch.tensor([sequence.prompt], device=device)
         start = config.decoder_start_token_id
         start = config.get_text_config(decoder=True).bos_token_id if start is None else start

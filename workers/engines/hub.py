@@ -34,6 +34,8 @@ BUILTIN_DIRS = {name: Path(__file__).parent / name / "model" for name in BUILTIN
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*")
 """Configuration and tokenizer of a checkpoint."""
+MODULE = re.compile(r"\d+_\w+/(config\.json|model\.safetensors|pytorch_model\.bin)$")
+"""Files of the modules that sentence-transformers puts behind a model."""
 TROUBLE = (HfHubHTTPError, OfflineModeIsEnabled, HFValidationError, OSError, httpx2.HTTPError)
 """What the hub's client raises."""
 
@@ -83,6 +85,22 @@ def fetch_config(source: str, options: LoadOptions, progress: Progress) -> Files
     except TROUBLE as error:
         raise ConfigurationError(f"Model {source!r} cannot be planned: {in_words(error, repo, options)}") from error
     return Files(Path(folder))
+
+
+def fetch_adapter(source: str, options: LoadOptions, progress: Progress, names: tuple[str, ...]) -> Path:
+    """The folder with these files of a LoRA adapter, from this machine or the hub; never others, such as pickles."""
+    local = Path(source).expanduser()
+    if local.is_dir():
+        return local
+    if local.exists() or _looks_like_a_path(source):
+        raise ConfigurationError(f"LoRA adapter {source!r} cannot be loaded: there is no such folder.")
+    try:
+        folder = snapshot_download(source, allow_patterns=list(names), tqdm_class=progress.bars(0), max_workers=4)
+    except TROUBLE as error:
+        raise ConfigurationError(
+            f"LoRA adapter {source!r} cannot be loaded: {in_words(error, source, options)}"
+        ) from error
+    return Path(folder)
 
 
 def local_path(source: str) -> Path | None:
@@ -197,6 +215,9 @@ def _is_pickled(source: str, names: set[str], options: LoadOptions) -> bool:
 def _is_wanted(name: str, names: set[str], pickled: bool, options: LoadOptions) -> bool:
     if name.startswith("additional_chat_templates/"):
         return True
+    if MODULE.match(name):  # of sentence-transformers: pooling and dense layers
+        whole = f"{name.rpartition('/')[0]}/model.safetensors" in names
+        return not name.endswith(".bin") or (options.allow_pickle and not whole)
     if "/" in name:
         return False
     kind = Path(name).suffix

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from fastchat_q.events import Usage
+from fastchat_q.jobs import Feature
 
 from .base import Ended, Output, Request
 from .loading import Loaded
@@ -15,8 +18,14 @@ from .text import TokenTexts
 
 COMPILING_S = 0.005
 """How often an engine looks whether a grammar is compiled, when nothing else is to be done."""
-FEATURES = ("n", "sampling", "penalties", "logprobs", "structured_outputs")
+FEATURES: tuple[Feature, ...] = ("n", "sampling", "penalties", "logprobs", "structured_outputs")
 """What every engine can do that takes its requests in here and draws their tokens with `Sampler`."""
+
+
+def features(loaded: Loaded) -> tuple[Feature, ...]:
+    """What such an engine can do with this model."""
+    seeing: tuple[Feature, ...] = () if loaded.sight is None else ("vision",)
+    return (*FEATURES, *loaded.format.features, *seeing)
 
 
 @dataclass(eq=False, slots=True)
@@ -26,6 +35,8 @@ class Choice:
     answers: "Answers"
     index: int
     sequence: Sequence
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What the pass that takes in its prompt gets beside the tokens."""
     waiting: list["Choice"] = field(default_factory=list)
     """Choices that begin where the prompt of this one ends."""
 
@@ -44,6 +55,8 @@ class Answers:
     """All choices of a job; it ends with the last of them."""
 
     ticket: str
+    model: str
+    """The name that the job asks for."""
     choices: list[Choice] = field(default_factory=list)
     _ended: dict[int, Ended] = field(default_factory=dict)
 
@@ -85,7 +98,7 @@ class Intake:
         self._loaded = loaded
         self._room = room
         vocabulary = loaded.model.config.get_text_config().vocab_size
-        self._renderer = Renderer(loaded.tokenizer, vocabulary, loaded.chat, loaded.adapter)
+        self._renderer = Renderer(loaded.tokenizer, vocabulary, loaded.chat, loaded.adapter, loaded.sight)
         self.texts = TokenTexts(loaded.tokenizer)
         guides = Guides(loaded.tokenizer, vocabulary, loaded.eos_ids)
         rules = ModelRules.of(loaded.model)
@@ -100,16 +113,16 @@ class Intake:
             InvalidRequestError: it cannot be served.
         """
         job = request.job
-        prompt = self._renderer.prompt(job)
+        prompt, inputs = self._renderer.seen(job, request.blobs) if job.blobs else (self._renderer.prompt(job), {})
         limit = token_limit(self._loaded.context_length, len(prompt), job.sampling.max_tokens, self._room)
-        answers = Answers(request.ticket)
+        answers = Answers(request.ticket, job.model)
         is_open = self._speech.is_open(job, prompt)
         sampling = self._speech.sampling(job, is_open)
         for index in range(sampling.n):
             parser = self._speech.parser(job, is_open, index)
             language = self._with_marks if parser is not None and self._speech.sees_marks else self._language
             sequence = Sequence(request.ticket, prompt, limit, sampling, language, index, parser)
-            answers.choices.append(Choice(answers, index, sequence))
+            answers.choices.append(Choice(answers, index, sequence, inputs))
         last: Ended | None = None
         for choice in answers.choices:
             for token in request.prior_ids(choice.index):  # its output is known: text and stop state are rebuilt

@@ -22,10 +22,12 @@ from fastchat_q.errors import ConfigurationError
 from fastchat_q.registry import ModelCard
 
 from . import llama_cpp_server
-from .openai_engine import TEXT_FEATURES, OpenAIEngine, context_length_of
+from .openai_engine import FEATURES, OpenAIEngine, context_length_of
 from .openai_request import DIALECTS
 from .remote import Upstream
 
+TEXT_FEATURES = tuple(feature for feature in FEATURES if feature != "vision")
+"""Its server is started without the projector that a model needs for images."""
 CONTEXT = 8192
 """Tokens of context for each slot, or what the model was trained with if that is less."""
 POLL_S = 0.1

@@ -5,6 +5,7 @@
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -12,20 +13,22 @@ import torch
 from fastchat_q.workers import adapters
 from fastchat_q.workers.families import Choice
 from fastchat_q.workers.parsing import Format, format_of
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastchat_q.choices import AS_IT_IS, Device, Dtype, LoadOptions
 from fastchat_q.errors import ConfigurationError
+from fastchat_q.jobs import Kind
 
 from . import hub
 from .checkpoint import stored_bytes
-from .configs import context_length, model_class
+from .configs import context_length, encoder_class, model_class, takes_images
 from .devices import Placement, pick_device, place
 from .plan import config_trouble, pick_dtype, read_config, weights_needed
 from .progress import OnProgress, Progress
 from .quantization import arguments, choose, dtype_for, settle
 from .rendering import give_template, stop_ids
 from .speech import format_for
+from .vision import Sight, sight_of
 
 log = structlog.get_logger()
 
@@ -61,6 +64,8 @@ class Loaded:
     adapter: adapters.Adapter | None = None
     format: Format = field(default_factory=Format)
     """How it writes tool calls and reasoning."""
+    sight: Sight | None = None
+    """What takes images in; None: it takes none."""
 
 
 def load(
@@ -91,6 +96,9 @@ def load(
         model, tokenizer = _adapted(source, files, adapter, placement.device, dtype)
     else:
         model, tokenizer = _from_checkpoint(source, files, options, placement, dtype, progress)
+    processor = None if files.gguf or adapter is not None else _processor(source, model, files, options)
+    if processor is not None and tokenizer.chat_template is None:
+        tokenizer.chat_template = processor.chat_template
     chat = None
     if not isinstance(adapter, adapters.Templates):
         chat = give_template(tokenizer, source, str(files.folder), entries, options.chat_template)
@@ -100,8 +108,9 @@ def load(
     _warn_of_ignored_settings(source, model)
     length = context_length(model.config, options.max_model_len)
     eos_ids = _eos_ids(model, tokenizer) | (stop_ids(tokenizer, chat) if chat is not None else frozenset())
-    written = _format(options, chat)
-    return Loaded(model, tokenizer, _input_device(model, placement), length, eos_ids, chat, adapter, written)
+    written, inputs_to = _format(options, chat), _input_device(model, placement)
+    sight = sight_of(processor, tokenizer.chat_template, model, inputs_to)
+    return Loaded(model, tokenizer, inputs_to, length, eos_ids, chat, adapter, written, sight)
 
 
 def _format(options: LoadOptions, chat: Choice | None) -> Format:
@@ -111,6 +120,42 @@ def _format(options: LoadOptions, chat: Choice | None) -> Format:
     reasoning = options.reasoning_parser or (family.reasoning_parser if family is not None else None)
     found = format_of(calls, reasoning)
     return format_for(found, chat.template) if chat is not None else found
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A model that makes vectors or scores, ready to run."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    """Where its inputs go."""
+    context_length: int | None
+    folder: Path
+    """Where its files are."""
+
+
+def load_encoder(
+    source: str,
+    kind: Kind,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    options: LoadOptions = AS_IT_IS,
+    on_progress: OnProgress | None = None,
+) -> Encoder:
+    """Loads a model for embeddings, or with its head of one label for rankings; the rest is as in `load`.
+
+    Raises:
+        ConfigurationError: it cannot be loaded; the message says why and what to do.
+    """
+    placement = place(pick_device(device), options)
+    progress = Progress(source, on_progress)
+    files = hub.fetch(source, options, progress)
+    model, tokenizer = _from_checkpoint(source, files, options, placement, dtype, progress, kind)
+    torch.nn.Module.eval(model)
+    progress.report("load", 1, 1)
+    length = context_length(model.config, options.max_model_len)
+    return Encoder(model, tokenizer, _input_device(model, placement), length, files.folder)
 
 
 def _entries(source: str, files: hub.Files) -> dict[str, Any]:
@@ -137,15 +182,22 @@ def _adapted(
 
 
 def _from_checkpoint(
-    source: str, files: hub.Files, options: LoadOptions, placement: Placement, dtype: Dtype, progress: Progress
+    source: str,
+    files: hub.Files,
+    options: LoadOptions,
+    placement: Placement,
+    dtype: Dtype,
+    progress: Progress,
+    kind: Kind = "chat",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = read_config(source, files, options)
     method = choose(options.quantization, source, config, placement.device, gguf=files.gguf is not None)
     chosen = dtype_for(method, pick_dtype(dtype, config, placement.device))
-    _check_room(source, config, files, method, chosen, placement)
+    auto, extra = (model_class(config), {}) if kind == "chat" else encoder_class(config, kind)
+    _check_room(source, auto, config, files, method, chosen, placement)
     tokenizer = _tokenizer(source, files, options)
     with progress.of_weights():
-        model = _weights(source, config, files, options, placement, method, chosen)
+        model = _weights(source, auto, config, files, options, placement, method, chosen, extra)
     settle(model, method)
     return model, tokenizer
 
@@ -160,18 +212,32 @@ def _tokenizer(source: str, files: hub.Files, options: LoadOptions) -> PreTraine
     return tokenizer
 
 
+def _processor(source: str, model: PreTrainedModel, files: hub.Files, options: LoadOptions) -> Any:
+    """What prepares images for a model that takes them; None, with a word in the log, if it cannot be loaded."""
+    if not takes_images(model.config):
+        return None
+    try:
+        processor: Any = AutoProcessor.from_pretrained(files.folder, trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # none is there, or a package that it needs
+        log.warning("no processor: images are not taken", model=source, why=_first_line(error))
+        return None
+    return processor if hasattr(processor, "image_processor") else None
+
+
 def _weights(
     source: str,
+    auto: Any,
     config: PreTrainedConfig,
     files: hub.Files,
     options: LoadOptions,
     placement: Placement,
     method: str | None,
     dtype: torch.dtype,
+    extra: dict[str, Any],
 ) -> PreTrainedModel:
-    extra: dict[str, Any] = {"gguf_file": files.gguf} if files.gguf else {"use_safetensors": not files.pickled}
+    extra = extra | ({"gguf_file": files.gguf} if files.gguf else {"use_safetensors": not files.pickled})
     try:
-        both: Any = model_class(config).from_pretrained(
+        both: Any = auto.from_pretrained(
             files.folder,
             config=config,
             dtype=dtype,
@@ -206,6 +272,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _check_room(
     source: str,
+    auto: Any,
     config: PreTrainedConfig,
     files: hub.Files,
     method: str | None,
@@ -216,7 +283,7 @@ def _check_room(
     stored = None if files.gguf else stored_bytes(source, files.folder)
     if placement.to_disk or (stored is not None and stored[1] * WIDEST <= placement.budget):
         return
-    need = weights_needed(config, method, dtype, stored[1] if stored else None)
+    need = weights_needed(auto, config, method, dtype, stored[1] if stored else None)
     if need is None or need <= placement.budget:
         return
     name = str(dtype).removeprefix("torch.") + (f" with {method}" if method else "")

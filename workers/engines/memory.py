@@ -75,17 +75,28 @@ def skeleton(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype, **o
     return model
 
 
-def footprint(model: PreTrainedModel, method: str | None, slots: int, prefill: int, stored: int | None) -> Footprint:
+def footprint(
+    model: PreTrainedModel,
+    method: str | None,
+    slots: int,
+    prefill: int,
+    stored: int | None,
+    cache: tuple[CacheLayer, ...] | None,
+) -> Footprint:
     """What a model will take once loaded by that method.
 
     Args:
         model: a `skeleton`, or a real one that is not quantised.
         stored: bytes of the checkpoint's tensors, which is what a packed checkpoint takes.
+        cache: its `cache_layers`, which are the same for all methods.
     """
-    parameters = {id(p): p for p in model.parameters()}.values()
-    count = sum(p.numel() for p in parameters)
-    weights = stored if method in STORED_AS_THEY_ARE and stored is not None else weight_bytes(model, method)
-    return Footprint(count, weights, cache_layers(model), working_bytes(model, slots, prefill))
+    count = sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values())
+    return Footprint(count, loaded_bytes(model, method, stored), cache, working_bytes(model, slots, prefill))
+
+
+def loaded_bytes(model: PreTrainedModel, method: str | None, stored: int | None) -> int:
+    """The weights in memory: packed as they are on disk, or counted."""
+    return stored if method in STORED_AS_THEY_ARE and stored is not None else weight_bytes(model, method)
 
 
 def weight_bytes(model: PreTrainedModel, method: str | None) -> int:

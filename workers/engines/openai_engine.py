@@ -34,7 +34,8 @@ from .remote import (
 
 log = structlog.get_logger()
 
-TEXT_FEATURES: tuple[Feature, ...] = tuple(feature for feature in get_args(Feature) if feature != "vision")
+FEATURES: tuple[Feature, ...] = get_args(Feature)
+"""All: the server behind honours or refuses them, in its own words."""
 NO_KEY = "none"
 """What servers get that ask for no key: the client insists on sending one."""
 
@@ -258,7 +259,7 @@ def connect(name: str, slots: int, upstream: Upstream) -> OpenAIEngine:
         context_length,
         int(time.time()),
         device="-",
-        features=TEXT_FEATURES,
+        features=FEATURES,
         batching="upstream",
     )
     return OpenAIEngine(card, slots, upstream, dialect)

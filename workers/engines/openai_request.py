@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from fastchat_q.errors import InvalidRequestError
+from fastchat_q.images import KINDS, media_type
 from fastchat_q.jobs import Guide, Job, Message, Sampling
 
 Blobs = Mapping[str, bytes]
@@ -164,9 +165,6 @@ def message_object(message: Message, blobs: Blobs) -> dict[str, Any]:
     return found
 
 
-MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
-
-
 def image(blob: str, blobs: Blobs) -> tuple[str, bytes]:
     """Media type and bytes of an image.
 
@@ -176,15 +174,13 @@ def image(blob: str, blobs: Blobs) -> tuple[str, bytes]:
     data = blobs.get(blob)
     if data is None:
         raise InvalidRequestError("An image of the request is not there any more.", param="messages")
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "image/webp", data
-    for magic, media_type in MAGIC.items():
-        if data.startswith(magic):
-            return media_type, data
-    raise InvalidRequestError("An image is neither PNG, JPEG, GIF nor WebP.", param="messages")
+    kind = media_type(data)
+    if kind is None:
+        raise InvalidRequestError(f"An image is not {KINDS}.", param="messages")
+    return kind, data
 
 
 def data_url(blob: str, blobs: Blobs) -> str:
     """An image as a data URL."""
-    media_type, data = image(blob, blobs)
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+    kind, data = image(blob, blobs)
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 
 from . import attention
-from .attention import Group, PackedStep, packed
+from .attention import Group, PackedStep, Packing
 from .kv import KVStore, Place, Shapes
 from .passes import Model, Part, Piece, Result, Room, Row, Way
 from .prefixes import Prefixes
@@ -34,10 +34,12 @@ class Packed(Way):
         decode = sorted(part.decode, key=_order)
         ids = [row.last_id for row in decode]
         positions = [row.length for row in decode]
+        owners = [(row.namespace, 1) for row in decode]
         segments, wanted = [], list(range(len(decode)))
         for piece in part.pieces:
             row, start = piece.row, len(ids)
             ids += piece.ids
+            owners.append((row.namespace, len(piece.ids)))
             positions += range(row.length, row.length + len(piece.ids))
             segments.append(attention.Piece(start, len(ids), row.memory, row.length))
             if piece.last:
@@ -47,9 +49,9 @@ class Packed(Way):
         keep: torch.Tensor | int = 0 if len(wanted) == len(ids) else 1
         if wanted and len(wanted) < len(ids):
             keep = torch.tensor(wanted, device=self.model.device)
-        inputs = part.pieces[0].row.inputs if part.pieces else {}
-        with packed(self.model.config, step) as cache:
-            logits = self.model(fed[:1], fed[1:], cache, keep=keep, **inputs)
+        inputs = part.pieces[0].row.arguments(len(part.pieces[0].ids)) if part.pieces else {}
+        with Packing(self.model.config, step) as cache:
+            logits = self.model(fed[:1], fed[1:], cache, keep=keep, owners=owners, **inputs)
         if step.attended != sum(shape is not None for shape in self._shapes):
             raise attention.NotPackedError("some layers of this model do not attend through the interface")
         for row in decode:
@@ -58,7 +60,8 @@ class Packed(Way):
         for piece in part.pieces:
             piece.row.length += len(piece.ids)
             piece.row.memory.length = piece.row.length
-        return Result([*decode, *(piece.row for piece in part.pieces if piece.last)], logits[0].float())
+        rows = [*decode, *(piece.row for piece in part.pieces if piece.last)]
+        return Result(rows, logits[0, : len(rows)].float())
 
     def reserve(self, row: Row, columns: int, *, prompt: bool = False) -> bool:
         if row.memory is not None:

@@ -6,12 +6,14 @@ that is right for a model. Between steps rows reserve and release memory; within
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
+
+from .lora import Adapters
 
 BOUNDLESS = 2**31
 
@@ -21,7 +23,7 @@ class Row:
     """What a way knows of one sequence that it computes.
 
     Args:
-        namespace: rows share computed prefixes only with rows of the same one, such as those of one LoRA adapter.
+        namespace: the LoRA adapter that it is of, or empty; rows share computed prefixes only within one.
         inputs: more arguments of the pass that takes in the prompt, which is then taken in whole, such as pixel values.
     """
 
@@ -33,6 +35,21 @@ class Row:
     """The token that the next decode step feeds."""
     memory: Any = None
     """What the way keeps for it."""
+
+    def arguments(self, tokens: int) -> dict[str, torch.Tensor]:
+        """``inputs`` for a pass that takes in the prompt and tokens behind it."""
+        return fitting(self.inputs, tokens) if self.inputs else self.inputs
+
+
+def fitting(inputs: dict[str, torch.Tensor], tokens: int) -> dict[str, torch.Tensor]:
+    """The inputs of a prompt, for so many tokens: what says of each token whether it is of an image says so of all."""
+    return {
+        name: _lengthened(value, tokens) if name.endswith("token_type_ids") else value for name, value in inputs.items()
+    }
+
+
+def _lengthened(kinds: torch.Tensor, tokens: int) -> torch.Tensor:
+    return torch.nn.functional.pad(kinds, (0, tokens - kinds.shape[1]))  # 0: text
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +81,31 @@ class Result:
     logits: torch.Tensor
 
 
+def watch_layers(model: PreTrainedModel, alive: Callable[[], None]) -> None:
+    """Has every layer call ``alive`` before it computes."""
+    for layers in (m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda *_: alive())
+
+
 class Model:
     """A causal LM's forward pass with the argument names that this architecture has.
 
     Args:
         alive: called whenever a layer has been computed, so that a long pass on a slow device is no hung engine.
+        adapters: those on the model, if there are any.
     """
 
-    def __init__(self, model: PreTrainedModel, alive: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, alive: Callable[[], None] = lambda: None, adapters: Adapters | None = None
+    ) -> None:
         parameters = inspect.signature(model.forward).parameters
         self._model = model
         self._cache_name = "past_key_values" if "past_key_values" in parameters else "cache_params"
         self._takes_positions = "position_ids" in parameters
         self._keeps_logits = "logits_to_keep" in parameters
         self.alive = alive
+        self.adapters = Adapters(model) if adapters is None else adapters
         self.config = model.config.get_text_config(decoder=True)
         self.device = model.device
         self.dtype = model.dtype
@@ -85,9 +113,7 @@ class Model:
 
     def watch_layers(self) -> None:
         """Lets every layer say that it is computed; costs a call for each, which packed steps do not need."""
-        for layers in (m for m in self._model.modules() if isinstance(m, torch.nn.ModuleList)):
-            for layer in layers:
-                layer.register_forward_pre_hook(lambda *_: self.alive())
+        watch_layers(self._model, lambda: self.alive())
 
     def __call__(
         self,
@@ -96,32 +122,43 @@ class Model:
         cache: Cache,
         mask: torch.Tensor | None = None,
         keep: torch.Tensor | int = 1,
+        owners: Iterable[tuple[str, int]] = (),
         **inputs: Any,
     ) -> torch.Tensor:
         """ids and positions (rows, columns) -> logits (rows, kept, vocabulary).
 
         Args:
             keep: the columns whose logits are wanted; as a number, so many of the last ones, or 0 for all.
+            owners: of the tokens, row by row: a row's namespace and how many are its own; none: all are the base's.
         """
         kwargs: dict[str, Any] = {self._cache_name: cache, **inputs}
         if self._takes_positions:
             kwargs["position_ids"] = positions
         if self._keeps_logits:
             kwargs["logits_to_keep"] = keep
-        logits: torch.Tensor = self._model(input_ids=ids, attention_mask=mask, use_cache=True, **kwargs).logits
+        with self.adapters.acting(owners):
+            logits: torch.Tensor = self._model(input_ids=ids, attention_mask=mask, use_cache=True, **kwargs).logits
         if self._keeps_logits:
             return logits
         return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+
+    def seen(self, ids: list[int], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits (vocabulary) float32 behind a prompt with images; positions and masks are the model's own."""
+        columns = torch.tensor([ids], device=self.device)
+        logits: torch.Tensor = self._model(
+            input_ids=columns, attention_mask=torch.ones_like(columns), use_cache=True, **inputs
+        ).logits
+        return logits[0, -1].float()
 
     def new_cache(self) -> DynamicCache:
         """An empty cache with the kinds of layer that this architecture wants."""
         return DynamicCache(config=self.config)
 
-    def extend(self, cache: Cache, past: int, ids: list[int], **inputs: Any) -> torch.Tensor:
+    def extend(self, cache: Cache, past: int, ids: list[int], namespace: str = "", **inputs: Any) -> torch.Tensor:
         """Feeds the next tokens of one row -> logits (1, vocabulary) of the last one, float32."""
         columns = torch.tensor([ids], device=self.device)
         positions = torch.arange(past, past + len(ids), device=self.device)[None]
-        return self(columns, positions, cache, **inputs)[:, -1].float()
+        return self(columns, positions, cache, owners=[(namespace, len(ids))], **inputs)[:, -1].float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +247,8 @@ class RowByRow(Way):
         [row] = part.rows
         ids = part.pieces[0].ids if part.pieces else [row.last_id]
         kept: _Kept = row.memory
-        inputs = row.inputs if part.pieces else {}
-        logits = self.model.extend(kept.cache, row.length, ids, **inputs)
+        inputs = row.arguments(len(ids)) if part.pieces else {}
+        logits = self.model.extend(kept.cache, row.length, ids, row.namespace, **inputs)
         row.length += len(ids)
         return Result([row], logits)
 

@@ -15,7 +15,7 @@ from . import hub
 from .checkpoint import stored_bytes
 from .configs import context_length, model_class
 from .devices import SHARE, Place, all_memory, parse_bytes, pick_device
-from .memory import Footprint, footprint, skeleton
+from .memory import CacheLayer, Footprint, cache_layers, footprint, loaded_bytes, skeleton
 from .progress import Progress
 from .quantization import METHODS, choose, dtype_for
 
@@ -157,7 +157,7 @@ class _Counter:
         self._config = config
         self._trust = {"trust_remote_code": True} if options.trust_remote_code else {}
         self._stored = stored
-        self._skeletons: dict[torch.dtype, PreTrainedModel] = {}
+        self._skeletons: dict[torch.dtype, tuple[PreTrainedModel, tuple[CacheLayer, ...] | None]] = {}
 
     def footprint(self, dtype: torch.dtype, method: str | None) -> Footprint:
         dtype = dtype_for(method, dtype)
@@ -168,18 +168,21 @@ class _Counter:
                 raise ConfigurationError(
                     f"Model {self._source!r} cannot be planned: {config_trouble(error)}"
                 ) from error
-            self._skeletons[dtype] = model
+            self._skeletons[dtype] = model, cache_layers(model)
         stored = self._stored[1] if self._stored else None
-        return footprint(self._skeletons[dtype], method, self.slots, PREFILL, stored)
+        model, cache = self._skeletons[dtype]
+        return footprint(model, method, self.slots, PREFILL, stored, cache)
 
 
-def weights_needed(config: PreTrainedConfig, method: str | None, dtype: torch.dtype, stored: int | None) -> int | None:
+def weights_needed(
+    auto: Any, config: PreTrainedConfig, method: str | None, dtype: torch.dtype, stored: int | None
+) -> int | None:
     """Bytes of weights that a load will put into memory; None when the config cannot be built."""
     try:
-        model = skeleton(model_class(config), config, dtype_for(method, dtype))
+        model = skeleton(auto, config, dtype_for(method, dtype))
     except Exception:
         return None  # the load itself will say why, in better words
-    return footprint(model, method, 1, 1, stored).weights
+    return loaded_bytes(model, method, stored)
 
 
 def _variant(

@@ -120,7 +120,8 @@ def arguments(method: str | None, dtype: torch.dtype) -> dict[str, Any]:
 
 def dtype_for(method: str | None, dtype: torch.dtype) -> torch.dtype:
     """The dtype beside the quantised weights: some kernels have but one."""
-    return torch.bfloat16 if method in {"torchao-int4wo", "gptq", "awq"} else dtype
+    halves_alone = method in {"gptq", "awq"} and dtype == torch.float32
+    return torch.bfloat16 if halves_alone or method == "torchao-int4wo" else dtype
 
 
 def settle(model: PreTrainedModel, method: str | None) -> None:

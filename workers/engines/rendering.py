@@ -2,22 +2,28 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from fastchat_q.workers.adapters import Templates
 from fastchat_q.workers.families import Choice, choose
 from fastchat_q.workers.families.choice import declared_names
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastchat_q.errors import ContextLengthError, InvalidRequestError
 from fastchat_q.jobs import Job, Message
 
+from .vision import Sight, images
+
 CONTINUE = "continue_final_message"
 """In ``template_kwargs``: the answer goes on where the last message, the assistant's, stops."""
+PROBE = "fastchat-q"
 RESERVED = {
     *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+    *inspect.signature(ProcessorMixin.apply_chat_template).parameters,
     *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES,
     "messages",
 } - {CONTINUE}
@@ -65,16 +71,20 @@ class Renderer:
         vocabulary: int,
         choice: Choice | None = None,
         adapter: object | None = None,
+        sight: Sight | None = None,
     ) -> None:
         """
         Args:
             vocabulary: the model's number of tokens.
             choice: what `give_template` set; None: the tokenizer's own template.
+            sight: for messages with images.
         """
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._adapter = adapter if isinstance(adapter, Templates) else None
         bundled = self._adapter is not None or (choice is not None and choice.origin == "row")
+        self._sight = sight
+        self._in_parts = sight is not None and self._reads_parts_only()
         self._start = _start_ids(tokenizer) if bundled else []
         self.stop: tuple[str, ...] = choice.family.stop if choice is not None and choice.origin != "model" else ()
         """Texts that end an answer, beside the job's own."""
@@ -87,11 +97,53 @@ class Renderer:
         Raises:
             InvalidRequestError: the template refuses the messages or tools, or makes nothing of them.
         """
-        messages = [_message(message) for message in job.messages]
+        return self._checked(job, lambda tools, options: self._ids(self._messages(job), tools, options))
+
+    def seen(self, job: Job, blobs: Mapping[str, bytes]) -> tuple[list[int], dict[str, torch.Tensor]]:
+        """As `prompt`, for messages with images, and what the forward pass takes beside the ids.
+
+        Args:
+            blobs: the images of the job, by name.
+
+        Raises:
+            InvalidRequestError: an image cannot be decoded either, or the model takes none.
+        """
+        sight, inputs = self._sight, {}
+        if sight is None:
+            raise InvalidRequestError(f"The model {job.model!r} takes no images.", param="messages")
+        pictures = images(job, blobs)
+
+        def render(tools: list[dict[str, Any]] | None, options: dict[str, Any]) -> list[int]:
+            ids, made = sight.prompt(self._messages(job, pictures), tools, options)
+            inputs.update(made)
+            return ids
+
+        return self._checked(job, render), inputs
+
+    def _messages(self, job: Job, pictures: Mapping[str, Any] = MappingProxyType({})) -> list[dict[str, Any]]:
+        found = [_message(message, pictures) for message in job.messages]
+        for message in found if self._in_parts else ():
+            if isinstance(message.get("content"), str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+        return found
+
+    def _reads_parts_only(self) -> bool:
+        """Whether the template says nothing of a content that is no list, as those of some models with eyes do."""
+        try:
+            text = self._tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False)
+        except Exception:  # templates raise what they like
+            return True
+        return PROBE not in str(text)
+
+    def _checked(
+        self, job: Job, render: Callable[[list[dict[str, Any]] | None, dict[str, Any]], list[int]]
+    ) -> list[int]:
         tools = list(job.tools) if job.tools and job.tool_choice != "none" else None
         options = self._options(job)
         try:
-            ids = self._ids(messages, tools, options)
+            ids = render(tools, options)
+        except InvalidRequestError:
+            raise
         except Exception as error:  # templates raise what they like, e.g. on roles that do not alternate
             raise InvalidRequestError(
                 f"The chat template of {job.model!r} refuses these messages: {error}", param="messages"
@@ -191,19 +243,28 @@ def token_limit(context: int | None, prompt_tokens: int, max_tokens: int | None,
     return max_tokens or min(bounds, default=2**31)
 
 
-def _message(message: Message) -> dict[str, Any]:
-    """As chat templates take it: a text where there is no image, arguments of calls as objects."""
+def _message(message: Message, pictures: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """As chat templates take it: a text where there is no image, arguments of calls as objects.
+
+    Args:
+        pictures: the decoded images, by blob, if they are to be in it.
+    """
     fields = message.model_dump(exclude_defaults=True, exclude={"content", "tool_calls"})
     if message.images:
         parts = message.content if isinstance(message.content, tuple) else ()
         fields["content"] = [
-            {"type": "text", "text": part.text} if part.type == "text" else {"type": "image"} for part in parts
+            {"type": "text", "text": part.text} if part.type == "text" else _picture(pictures.get(part.blob))
+            for part in parts
         ]
     elif message.content is not None or not message.tool_calls:
         fields["content"] = message.text
     if message.tool_calls:
         fields["tool_calls"] = [_with_object_arguments(call) for call in message.tool_calls]
     return fields
+
+
+def _picture(image: Any) -> dict[str, Any]:
+    return {"type": "image"} if image is None else {"type": "image", "image": image}
 
 
 def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from fastchat_q.events import Alternative, TokenLogprob
 from fastchat_q.jobs import MAX_TOP_LOGPROBS, Sampling
@@ -26,8 +27,12 @@ from .sequence import Picked, Sequence
 from .structured import mask
 from .text import TokenTexts
 
-CANDIDATES = 256
-"""top_k, top_p and min_p look at this many tokens first; only a row that keeps more pays for a full sort."""
+CANDIDATES = 128
+"""top_k, top_p and min_p look at this many tokens first; only a row that keeps more pays for a longer look."""
+MORE_CANDIDATES = 4096
+"""The second look; beyond it all tokens are sorted, which takes ten times as long for a large vocabulary."""
+BLOCK = 256
+"""A draw from many tokens chooses a block of them, then one of the block: one pass instead of a running sum."""
 COLDEST = 1e-5
 """Below this temperature logits would overflow float32, and nothing but the most likely token is left to draw."""
 SMALLEST_TOP_P = 1e-9
@@ -36,6 +41,8 @@ ALL = 2.0
 """A top_p that no sum of probabilities reaches, however it is rounded."""
 LOWEST = float(np.finfo(np.float32).min)
 """Above the -inf of tokens that are ruled out."""
+LARGEST = 1 - 2.0**-24
+"""The largest float32 below 1."""
 IMPOSSIBLE = -9999.0
 """OpenAI's logprob for what the model rules out: JSON has no infinity."""
 
@@ -66,7 +73,7 @@ class Sampler:
     """Picks the next tokens of any mix of rows, all of one model.
 
     The host waits for the device once, unless a row keeps more than `CANDIDATES` tokens after top_k, top_p or min_p:
-    that one is drawn again, from a full sort.
+    that one is drawn again, from more of them.
     """
 
     def __init__(self, texts: TokenTexts) -> None:
@@ -149,11 +156,12 @@ def _draw(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
 
 
 def _settle(tokens: list[int], logits: torch.Tensor, rows: Rows[Sequence]) -> list[int]:
-    """Draws the rows again that keep more tokens than the candidates."""
-    wide = [i for i, token in enumerate(tokens) if token < 0]
-    if wide:
-        for i, token in zip(wide, _sorted(_select(logits, wide), [rows[i] for i in wide]).tolist(), strict=True):
-            tokens[i] = token
+    """Draws the rows again that keep more tokens than were looked at."""
+    for count in (MORE_CANDIDATES, logits.shape[-1]):
+        if wide := [i for i, token in enumerate(tokens) if token < 0]:
+            drawn = _cut(_select(logits, wide), [rows[i] for i in wide], count).tolist()
+            for i, token in zip(wide, drawn, strict=True):
+                tokens[i] = token
     return tokens
 
 
@@ -164,33 +172,33 @@ def _greedy(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
 
 
 def _whole(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
+    """Overwrites the logits: at this size, memory costs more than arithmetic."""
     numbers = _numbers(rows, logits.device)
-    return _invert((logits / numbers[:, TEMPERATURE, None]).softmax(-1), numbers[:, UNIFORM, None]).int()
+    weights = logits.sub_(logits.amax(-1, keepdim=True)).div_(numbers[:, TEMPERATURE, None]).exp_()
+    return _invert(weights, numbers[:, UNIFORM, None]).int()
 
 
-def _cut(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
-    """Tokens from the candidates; -1 for a row that may keep more."""
+def _cut(logits: torch.Tensor, rows: Rows[Sequence], count: int = CANDIDATES) -> torch.Tensor:
+    """Tokens from the ``count`` likeliest; -1 for a row that may keep more."""
     numbers = _numbers(rows, logits.device)
-    logits = logits / numbers[:, TEMPERATURE, None]
-    values, ids = logits.topk(min(CANDIDATES, logits.shape[-1]), -1)  # (rows, candidates), descending
-    first, lowest = _lowest(values, logits.logsumexp(-1, keepdim=True), numbers)
+    if count < logits.shape[-1]:
+        highest, ids = logits.topk(count, -1)  # (rows, count), descending
+    else:
+        highest, ids = logits.sort(-1, descending=True)
+    values = highest / numbers[:, TEMPERATURE, None]
+    total = values[:, :1]
+    if any(not row.sampling.top_k and not row.sampling.min_p for row in rows):
+        weights = (logits - highest[:, :1]).div_(numbers[:, TEMPERATURE, None]).exp_()
+        total = total + weights.sum(-1, keepdim=True).log()
+    first, lowest = _lowest(values, total, numbers)
     kept = values >= lowest
     ids, order = ids.masked_fill(~kept, logits.shape[-1]).sort(-1)
     weights = (values - values[:, :1]).exp().masked_fill(~kept, 0).gather(-1, order)
     tokens = ids.gather(-1, _invert(weights, numbers[:, UNIFORM, None])[:, None]).squeeze(-1)
-    if values.shape[-1] < logits.shape[-1]:
+    if count < logits.shape[-1]:
         last = values[:, -1:]
         tokens = tokens.where(((last < lowest) & ((last < first) | (first == -torch.inf))).squeeze(-1), -1)
     return tokens.int()
-
-
-def _sorted(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
-    """The same from all tokens."""
-    numbers = _numbers(rows, logits.device)
-    logits = logits / numbers[:, TEMPERATURE, None]
-    values = logits.sort(-1, descending=True).values
-    _, lowest = _lowest(values, logits.logsumexp(-1, keepdim=True), numbers)
-    return _invert(logits.masked_fill(logits < lowest, -torch.inf).softmax(-1), numbers[:, UNIFORM, None])
 
 
 WAYS = {GREEDY: _greedy, WHOLE: _whole, CUT: _cut}
@@ -214,11 +222,25 @@ def _lowest(values: torch.Tensor, total: torch.Tensor, numbers: torch.Tensor) ->
     return first, first.maximum(values.gather(-1, size - 1)).clamp_min(LOWEST)
 
 
-def _invert(probabilities: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Inverse transform sampling: indices (rows) into probabilities (rows, tokens), which need not add up to 1."""
-    cumulative = probabilities.cumsum(-1)
+def _invert(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Inverse transform sampling: indices (rows) into weights (rows, tokens), which need not add up to 1."""
+    if weights.shape[-1] <= MORE_CANDIDATES:  # where it takes longer
+        return _search(weights, u)
+    blocks = functional.pad(weights, (0, -weights.shape[-1] % BLOCK)).reshape(len(weights), -1, BLOCK)
+    sums = blocks.sum(-1)  # (rows, blocks)
+    block = _search(sums, u)[:, None]
+    before = sums.cumsum(-1) - sums
+    rest = (u * sums.sum(-1, keepdim=True) - before.gather(-1, block)) / sums.gather(-1, block)
+    inside = blocks.take_along_dim(block[:, :, None], 1).squeeze(1)  # (rows, BLOCK)
+    index = _search(inside, rest.clamp(0, LARGEST))
+    return block.squeeze(-1) * BLOCK + index
+
+
+def _search(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The first index (rows) where the running sum is above u of the whole: never one of weight 0."""
+    cumulative = weights.cumsum(-1)
     picks = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)  # (rows, 1)
-    return picks.clamp_max(probabilities.shape[-1] - 1).squeeze(-1)
+    return picks.clamp_max(weights.shape[-1] - 1).squeeze(-1)
 
 
 def _numbers(rows: Rows[Sequence], device: torch.device) -> torch.Tensor:

@@ -16,7 +16,7 @@ STALL_S = 0.05
 """Prompts may make a step so much longer while others wait for their next token, or twice as long if it is longer."""
 IDLE_STALL_S = 0.25
 """The same while nobody does: what comes meanwhile waits so long."""
-SMALLEST_PIECE, SMALLEST_IDLE_PIECE = 128, 512
+SMALLEST_PIECE, SMALLEST_IDLE_PIECE = 64, 512
 """Prompt tokens of a step that go in any case; a forward pass for less would not be worth it."""
 LARGEST_PIECE = 8192
 SMOOTHING = 0.3

@@ -27,8 +27,7 @@ CACHED_GRAMMARS = 128
 JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x09]{0,12}", "lenient": False}
 """Enough white space for a pretty answer, and an end to it: a weak model would go on with blanks for ever. A keyword
 that cannot be held to is refused, never ignored."""
-PARAMS = {"regex": "guided_regex", "choice": "guided_choice", "grammar": "guided_grammar"}
-"""The parameter of a request that an error names."""
+JSON_KINDS = ("json_object", "json_schema")
 
 
 class Composed(Guide):
@@ -134,15 +133,17 @@ class Guided:
 
 def mask(logits: torch.Tensor, at: Sequence[int], bits: NDArray[np.uint8]) -> None:
     """Sets to -inf what the bits (guided rows, bytes) do not allow, in the rows ``at`` of logits, in place."""
-    device = logits.device
-    packed = to_device(torch.from_numpy(bits), device)  # (guided rows, bytes)
-    shifts = torch.arange(8, dtype=torch.uint8, device=device)
-    forbidden = (packed[:, :, None] >> shifts & 1 == 0).flatten(1)[:, : logits.shape[-1]]
-    if len(at) == len(logits):
-        logits.masked_fill_(forbidden, -torch.inf)
-    else:
-        rows = to_device(torch.tensor(at), device)
-        logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(forbidden, -torch.inf))
+    vocabulary = logits.shape[-1]
+    if logits.device.type == "cpu":  # numpy's unpacking and masking are several times as fast as torch's
+        forbidden = np.unpackbits(~bits, axis=-1, count=vocabulary, bitorder="little").view(np.bool_)
+        array = logits.numpy()
+        for row, ruled_out in zip(at, forbidden, strict=True):
+            np.copyto(array[row], -np.inf, where=ruled_out)
+        return
+    rows, packed = to_device(torch.tensor(at), logits.device), to_device(torch.from_numpy(bits), logits.device)
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    allowed = (packed[:, :, None] >> shifts & 1).bool().flatten(1)[:, :vocabulary]
+    logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(~allowed, -torch.inf))
 
 
 def _grammar(guide: Guide) -> str:
@@ -191,9 +192,10 @@ def _name(guide: Guide) -> str:
 
 
 def _param(guide: Guide) -> str:
+    """The parameter of a request that an error names: JSON is asked for by OpenAI's, the rest by vLLM's."""
     if isinstance(guide, Composed):
         return guide.param
-    return PARAMS.get(guide.kind, "response_format")
+    return "response_format" if guide.kind in JSON_KINDS else "structured_outputs"
 
 
 def _first_line(message: str) -> str:

@@ -5,6 +5,7 @@ what they say (sequence.py). Nothing of a request is computed anywhere else.
 """
 
 import time
+from collections.abc import Sequence
 
 import structlog
 import torch
@@ -13,11 +14,11 @@ from fastchat_q.errors import InvalidRequestError
 from fastchat_q.registry import ModelCard
 
 from .base import Ended, Engine, Output, Request
-from .choose import NoWayError, choose_way
+from .choose import NoWayError, choose_way, default_kv_bytes
 from .generate_engine import GenerateEngine
-from .intake import COMPILING_S, FEATURES, Choice, Intake
-from .kv_memory import default_kv_bytes
+from .intake import COMPILING_S, Choice, Intake, features
 from .loading import Loaded
+from .lora import Adapters
 from .passes import Model, Part, Row
 from .sampling import Sampler
 from .scheduler import Run, Scheduler
@@ -35,15 +36,21 @@ class TransformersEngine(Engine):
 
     Args:
         kv_bytes: memory for keys, values and states of all requests; None: a part of what is free.
+        adapters: further models: LoRA adapters on this one.
     """
 
-    def __init__(self, name: str, slots: int, loaded: Loaded, kv_bytes: int | None = None) -> None:
+    def __init__(
+        self, name: str, slots: int, loaded: Loaded, kv_bytes: int | None = None, adapters: Adapters | None = None
+    ) -> None:
         dtype = str(loaded.model.dtype).removeprefix("torch.")
-        features = (*FEATURES, *loaded.format.features)
         made, device = int(time.time()), loaded.device.type
-        card = ModelCard(name, "transformers", loaded.context_length, made, device, dtype, features=features)
+        card = ModelCard(name, "transformers", loaded.context_length, made, device, dtype, features=features(loaded))
         super().__init__(card, slots)
-        self.way = choose_way(Model(loaded.model, self.alive), kv_bytes or default_kv_bytes(loaded.device))
+        model = Model(loaded.model, self.alive, adapters)
+        seen = loaded.sight.example() if loaded.sight is not None else None
+        self.way = choose_way(model, kv_bytes or default_kv_bytes(loaded.device), seen)
+        self._adapters = model.adapters
+        self._adapters.check_called()
         self.scheduler = Scheduler(self.way)
         self._intake = Intake(loaded, self.way.room.columns - 1)
         self._sampler = Sampler(self._intake.texts)
@@ -51,6 +58,10 @@ class TransformersEngine(Engine):
         self._tickets: dict[str, list[Run]] = {}
         self._replayed: list[Output] = []  # ends that no forward pass is needed for
         self._warm = loaded.device.type == "cpu"
+
+    @property
+    def cards(self) -> Sequence[ModelCard]:
+        return (self.card, *self._adapters.cards(self.card))
 
     def admit(self, request: Request) -> None:
         answers, ended = self._intake.answers(request)
@@ -191,7 +202,7 @@ class TransformersEngine(Engine):
                 self._end(choice.answers.ticket, Ended(error=error), outputs)
 
     def _start(self, choice: Choice) -> None:
-        run = Run(Row(), choice.tokens(), choice)
+        run = Run(Row(self._adapters.of(choice.answers.model), choice.inputs), choice.tokens(), choice)
         self._tickets.setdefault(choice.answers.ticket, []).append(run)
         self.scheduler.submit(run)
 
@@ -215,12 +226,14 @@ def _halves(part: Part) -> list[Part]:
     return [Part(part.decode[:middle], []), Part(part.decode[middle:], [])]
 
 
-def build(name: str, slots: int, loaded: Loaded, kv_bytes: int | None = None) -> Engine:
+def build(
+    name: str, slots: int, loaded: Loaded, kv_bytes: int | None = None, adapters: Adapters | None = None
+) -> Engine:
     """The engine for a loaded model: the step loop, or `generate` for what that cannot run."""
     if loaded.model.config.is_encoder_decoder:
-        return GenerateEngine(name, slots, loaded)
+        return GenerateEngine(name, slots, loaded, adapters)
     try:
-        return TransformersEngine(name, slots, loaded, kv_bytes)
+        return TransformersEngine(name, slots, loaded, kv_bytes, adapters)
     except NoWayError as error:
         log.warning("the step loop cannot run this model", model=name, why=str(error))
-        return GenerateEngine(name, slots, loaded)
+        return GenerateEngine(name, slots, loaded, adapters)

@@ -8,7 +8,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import structlog
@@ -24,14 +24,13 @@ from fastchat_q.jobs import Job
 from fastchat_q.registry import ModelCard
 
 from .base import STOP_S, Ended, Engine, Output, Request, Sink
+from .rendering import Renderer, give_template, stop_ids, token_limit
 from .vllm_params import (
     FINISH,
     ResumedText,
     continues,
     job_error,
-    render,
     sampling_params,
-    token_limit,
     token_logprobs,
 )
 
@@ -86,10 +85,13 @@ class VllmEngine(Engine):
 
     Args:
         llm: made outside of an event loop.
+        chat_template: ``--chat-template``; None: as the model has it.
         adapters: the name of a model -> the LoRA adapter that it is.
     """
 
-    def __init__(self, name: str, llm: AsyncLLM, adapters: Mapping[str, LoRARequest] | None = None) -> None:
+    def __init__(
+        self, name: str, llm: AsyncLLM, chat_template: str | None, adapters: Mapping[str, LoRARequest]
+    ) -> None:
         config = llm.vllm_config
         self._context: int = config.model_config.max_model_len
         dtype = str(config.model_config.dtype).removeprefix("torch.")
@@ -99,13 +101,21 @@ class VllmEngine(Engine):
         super().__init__(card, config.scheduler_config.max_num_seqs)
         self._llm = llm
         self._tokenizer: Any = llm.renderer.get_tokenizer()
+        about, source = config.model_config.hf_config.to_dict(), config.model_config.model
+        choice = give_template(self._tokenizer, source, source, about, chat_template)
+        self._renderer = Renderer(self._tokenizer, config.model_config.get_vocab_size(), choice)
+        self._stop_ids = stop_ids(self._tokenizer, choice)
         self._eos_ids = _eos_ids(llm.input_processor.generation_config_fields, self._tokenizer)
-        self._adapters = dict(adapters or {})
+        self._adapters = dict(adapters)
         self._rows: dict[str, _Row] = {}
         self._outputs: list[Output] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop
         self._own_loop = False
+
+    @property
+    def cards(self) -> Sequence[ModelCard]:
+        return (self.card, *(replace(self.card, name=name, base=self.card.name) for name in self._adapters))
 
     def start(self, sink: Sink, on_death: Callable[[], None]) -> None:
         self._sink, self._on_death = sink, on_death
@@ -144,16 +154,17 @@ class VllmEngine(Engine):
             task.cancel()
 
     def _begin(self, request: Request) -> None:
-        self._rows[request.ticket] = _Row(request.ticket, request.job)
+        self._rows[request.ticket] = _Row(request.ticket, self._with_stops(request.job))
         self.resting = False
         self.alive()
         self._spawn(self._take_in(request))
 
     async def _take_in(self, request: Request) -> None:
-        row, job = self._rows[request.ticket], request.job
+        row = self._rows[request.ticket]
+        job = row.job
         try:
             row.prompt = await self._prompt(job)
-            limit = token_limit(len(row.prompt), job.sampling.max_tokens, self._context)
+            limit = token_limit(self._context, len(row.prompt), job.sampling.max_tokens)
             row.choices = [self._choice(row, request, index) for index in range(job.sampling.n)]
             for choice in row.choices:
                 if self._is_over(choice, limit):
@@ -171,10 +182,21 @@ class VllmEngine(Engine):
                 log.info("refused by vLLM", job=job.id, error=str(error))
             self._fail(row, problem)
 
+    def _with_stops(self, job: Job) -> Job:
+        """With what ends a turn of the model's family, if its template is not the model's own."""
+        sampling = job.sampling
+        if sampling.ignore_eos or not (self._renderer.stop or self._stop_ids):
+            return job
+        stops = {
+            "stop": (*sampling.stop, *self._renderer.stop),
+            "stop_token_ids": (*sampling.stop_token_ids, *self._stop_ids),
+        }
+        return job.model_copy(update={"sampling": sampling.model_copy(update=stops)})
+
     async def _prompt(self, job: Job) -> list[int]:
         if sum(len(message.text) for message in job.messages) < LONG_PROMPT:
-            return render(self._tokenizer, job)
-        return await asyncio.to_thread(render, self._tokenizer, job)
+            return self._renderer.prompt(job)
+        return await asyncio.to_thread(self._renderer.prompt, job)
 
     def _choice(self, row: _Row, request: Request, index: int) -> _Choice:
         prior, sampling = request.prior_ids(index), row.job.sampling
@@ -352,7 +374,7 @@ class VllmEngine(Engine):
         if self.failure is None:
             self.failure = VllmDiedError(
                 "its engine process ended, and said why in the lines above. If that was memory: lower "
-                "--engine-arg max-num-seqs, max-model-len or gpu-memory-utilization."
+                "--slots, --max-model-len or --engine-arg gpu-memory-utilization."
             )
             self.failure.__cause__ = error
             assert self._on_death is not None

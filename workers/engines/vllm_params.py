@@ -9,7 +9,7 @@ from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-from fastchat_q.errors import ContextLengthError, FastchatQError, InvalidRequestError, JobFailedError
+from fastchat_q.errors import FastchatQError, InvalidRequestError, JobFailedError
 from fastchat_q.events import Alternative, FinishReason, TokenLogprob
 from fastchat_q.jobs import Guide, Job, Sampling
 
@@ -65,45 +65,6 @@ def continues(sampling: Sampling) -> bool:
     vLLM follows a guide, and counts tokens for these penalties, from the end of the prompt on.
     """
     return sampling.guide is None and not sampling.presence_penalty and not sampling.frequency_penalty
-
-
-def token_limit(prompt_tokens: int, max_tokens: int | None, context: int) -> int:
-    """Tokens that an answer may have.
-
-    Raises:
-        ContextLengthError: they do not fit.
-    """
-    if prompt_tokens + (max_tokens or 1) > context:
-        asked = f" and {max_tokens} for the completion" if max_tokens else ""
-        raise ContextLengthError(
-            f"This model's maximum context length is {context} tokens, but the request asks for {prompt_tokens} "
-            f"in the messages{asked}. Shorten the messages or lower max_tokens.",
-            param="messages",
-        )
-    return max_tokens or context - prompt_tokens
-
-
-def render(tokenizer: Any, job: Job) -> list[int]:
-    """Messages -> prompt token ids, through the tokenizer's own chat template.
-
-    Raises:
-        InvalidRequestError: the template refuses them.
-    """
-    messages = [message.model_dump(exclude_defaults=True) | {"content": message.text} for message in job.messages]
-    try:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, **job.template_kwargs
-        )
-    except Exception as error:  # templates raise what they like, e.g. on roles that do not alternate
-        raise InvalidRequestError(
-            f"The chat template of {job.model!r} refuses these messages: {error}", param="messages"
-        ) from error
-    ids: list[int] = encoded["input_ids"]
-    if not ids:
-        raise InvalidRequestError(
-            f"The chat template of {job.model!r} makes an empty prompt of them.", param="messages"
-        )
-    return ids
 
 
 def token_logprobs(

@@ -7,10 +7,12 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM reports its use to its
 import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+from huggingface_hub import snapshot_download
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
@@ -18,7 +20,7 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from fastchat_q.choices import WorkerOptions
+from fastchat_q.choices import LoadOptions, WorkerOptions, flag
 from fastchat_q.errors import ConfigurationError
 from fastchat_q.models import BUILTIN
 
@@ -26,8 +28,14 @@ from . import vllm_tether
 from .vllm_engine import VllmEngine
 
 BUILTIN_DIRS = {name: Path(__file__).parent / name / "model" for name in BUILTIN}
-OURS = {"model", "served-model-name", "dtype", "max-num-seqs", "enable-log-requests", "enable-lora"}
+OURS = {
+    *("revision", "tensor-parallel-size", "max-model-len", "trust-remote-code"),
+    *("model", "served-model-name", "dtype", "max-num-seqs", "enable-log-requests", "enable-lora"),
+}
 """What this program sets, from its own options."""
+VLLM_NAMES = {"revision": "revision", "num_gpus": "tensor-parallel-size", "max_model_len": "max-model-len"}
+"""Our options of loading -> vLLM's."""
+UNDERSTOOD = {*VLLM_NAMES, "trust_remote_code", "chat_template"}
 ADAPTERS_AT_A_TIME = 8
 """Those whose weights lie ready on the device, unless --engine-arg max-loras says otherwise; vLLM swaps the rest in."""
 
@@ -36,7 +44,7 @@ def build(options: WorkerOptions, name: str, adapters: Mapping[str, str] | None 
     """Starts vLLM's processes and loads the model.
 
     Args:
-        adapters: the name of a model -> the folder of the LoRA adapter of this model that it is.
+        adapters: the name of a model -> the folder or hub id of the LoRA adapter of this model that it is.
 
     Raises:
         ConfigurationError: it cannot be started; the message says why.
@@ -46,10 +54,12 @@ def build(options: WorkerOptions, name: str, adapters: Mapping[str, str] | None 
         cores = sorted(os.sched_getaffinity(0))[: options.threads]
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     arguments = [f"--model={BUILTIN_DIRS.get(options.model, options.model)}", f"--dtype={options.dtype}"]
+    arguments += _load_arguments(options.load)
     if options.slots is not None:
         arguments.append(f"--max-num-seqs={options.slots}")
     loras = {
-        served: LoRARequest(served, number, path) for number, (served, path) in enumerate((adapters or {}).items(), 1)
+        served: LoRARequest(served, number, _adapter_folder(source))
+        for number, (served, source) in enumerate((adapters or {}).items(), 1)
     }
     if loras:
         ready = min(len(loras), ADAPTERS_AT_A_TIME)
@@ -63,7 +73,7 @@ def build(options: WorkerOptions, name: str, adapters: Mapping[str, str] | None 
             f"--engine-arg max-loras={args.max_loras}: on a CPU it must be more than the {len(loras)} adapters."
         )
     try:
-        return VllmEngine(name, AsyncLLM.from_engine_args(args), loras)
+        return VllmEngine(name, AsyncLLM.from_engine_args(args), options.load.chat_template, loras)
     except Exception as error:  # of many kinds: what its configs refuse, and what its processes died of
         raise ConfigurationError(f"vLLM cannot serve {options.model!r}: {_reason(error)}") from error
 
@@ -104,6 +114,22 @@ def engine_arguments(pairs: Iterable[str]) -> list[str]:
     return arguments
 
 
+def _load_arguments(load: LoadOptions) -> list[str]:
+    """How a checkpoint is to be loaded, in vLLM's words.
+
+    Raises:
+        ConfigurationError: something was asked for that only the transformers engine does.
+    """
+    asked = {field.name for field in fields(load) if getattr(load, field.name) != field.default}
+    if foreign := sorted(asked - UNDERSTOOD):
+        raise ConfigurationError(
+            f"{flag(foreign[0])} is for --engine transformers. vLLM has options of its own for most such things: "
+            "--engine-arg KEY=VALUE."
+        )
+    words = [f"--{VLLM_NAMES[name]}={getattr(load, name)}" for name in VLLM_NAMES if name in asked]
+    return words + (["--trust-remote-code"] if load.trust_remote_code else [])
+
+
 class _Parser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM is not there for the static check
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(f"--engine-arg: {message}")
@@ -131,6 +157,19 @@ def _is_cpu() -> bool:
     (Its index -1 picks them; lora/ops/torch_ops/lora_ops.py of 0.32.) One place more than adapters stays empty: zeros.
     """
     return bool(current_platform.device_type == "cpu")
+
+
+def _adapter_folder(source: str) -> str:
+    """Where an adapter lies, downloaded if need be; its pickles are left where they are."""
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        try:
+            path = Path(snapshot_download(source, allow_patterns=["adapter_config.json", "*.safetensors"]))
+        except Exception as error:  # of many kinds: no such name, gated, offline
+            raise ConfigurationError(f"LoRA adapter {source!r} cannot be loaded: {_reason(error)}") from error
+    if not (path / "adapter_model.safetensors").is_file():
+        raise ConfigurationError(f"LoRA adapter {source!r} cannot be loaded: there is no adapter_model.safetensors.")
+    return str(path)
 
 
 def _rank(folders: Iterable[str]) -> int:
