@@ -4,12 +4,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field
-
 from . import json_text, literal
 from .form import Form, Functions
 from .lark import Function, Lark
 from .reader import NotACall, Reader, Show, Steps
+
+Kind = Literal["schema", "text", "json"]
 
 
 class XmlForm(Form):
@@ -22,7 +22,7 @@ class XmlForm(Form):
     call_end: str
     key: str
     """Before the name of a parameter."""
-    key_ends: dict[str, Literal["schema", "text", "json"]] = Field(default_factory=lambda: {">": "schema"})
+    key_ends: dict[str, Kind]
     """Behind it, and what it says of the value."""
     value: str = ""
     """Before the value, if the end of the key does not say it."""
@@ -90,7 +90,7 @@ class XmlForm(Form):
         """Reads a value to its end, or to the end of the call if that was forgotten."""
         if self.line:
             yield from reader.expect("\n")
-        ends = (self.value_end, self.call_end)
+        ends: tuple[str, ...] = (self.value_end, self.call_end)
         if self.line:
             ends += ("\n" + self.value_end, "\n" + self.call_end)
         mark = yield from reader.until(ends, show)
@@ -172,4 +172,5 @@ def _kinds_of(found: Any) -> set[str]:
         return {"boolean"}
     if isinstance(found, int | float):
         return {"integer", "number"} if isinstance(found, int) else {"number"}
-    return {dict: {"object"}, list: {"array"}, str: {"string"}}.get(type(found), {"null"})
+    kinds_of: dict[type, set[str]] = {dict: {"object"}, list: {"array"}, str: {"string"}}
+    return kinds_of.get(type(found), {"null"})
