@@ -158,7 +158,8 @@ def _processor(source: str, model: PreTrainedModel, files: hub.Files, options: L
     if not takes_images(model.config):
         return None
     try:
-        processor: Any = AutoProcessor.from_pretrained(files.folder, trust_remote_code=options.trust_remote_code)
+        auto: Any = AutoProcessor
+        processor = auto.from_pretrained(files.folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # none is there, or a package that it needs
         log.warning("no processor: images are not taken", model=source, why=_first_line(error))
         return None

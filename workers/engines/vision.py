@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 import torch
 from PIL import Image, UnidentifiedImageError
-from transformers.processing_utils import _get_template_variables  # private: what a template reads
+from transformers.utils.chat_template_utils import _get_template_variables  # private: what a template reads
 
 from fastchat_q.errors import InvalidRequestError
 from fastchat_q.jobs import Job
