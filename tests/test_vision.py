@@ -102,6 +102,7 @@ def test_the_job_record_names_the_digest_and_a_lost_image_is_an_honest_error(eye
     finally:
         eyes.redis.delete(keys.model_keys(MODEL).mode)
     said = "".join(connection.events())
+    connection.hang_up()
     assert "part_lost" in said
     assert eyes.client().chat.completions.create(**asking(content)).choices, "the worker lives"
 
