@@ -310,7 +310,7 @@ def _input_device(model: PreTrainedModel, placement: Placement) -> torch.device:
 
 def _warn_of_ignored_settings(source: str, model: PreTrainedModel) -> None:
     """Says which parts of the model's generation_config.json ``generate`` would apply and this engine does not."""
-    config = model.generation_config
+    config = getattr(model, "generation_config", None)  # a model of an adapter need not have one
     ignored = {
         name: value
         for name, neutral in PROCESSORS.items()
@@ -322,7 +322,7 @@ def _warn_of_ignored_settings(source: str, model: PreTrainedModel) -> None:
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """What ends a generation: the ids that ``generate`` stops at, or else the tokenizer's."""
-    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if eos is None:
         eos = tokenizer.eos_token_id
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
