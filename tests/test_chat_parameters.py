@@ -214,6 +214,7 @@ def test_a_batch_job_that_was_taken_in_without_a_worker_is_refused_by_the_worker
     worker = stack.start_worker("--model", "echo", "--engine", "echo")
     worker.stop()
     with stack.client() as client:
+        client.models.list()  # from now on the API server knows that it is gone
         pending = client.with_options(timeout=30)
         create: Any = pending.chat.completions.create
         failure: list[openai.BadRequestError] = []
