@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import torch
-from fastchat_q.workers.engines.hub import BUILTIN_DIRS
+from fastchat_q.workers.engines.builtin import BUILTIN_DIRS
 from fastchat_q.workers.engines.sampling import Sampler
 from fastchat_q.workers.engines.sequence import Language, Sequence
 from fastchat_q.workers.engines.structured import Guides

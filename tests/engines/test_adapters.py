@@ -6,7 +6,7 @@ import pytest
 import torch
 from fastchat_q.workers import adapters
 from fastchat_q.workers.engines.adapted import AdaptedEngine
-from fastchat_q.workers.engines.hub import BUILTIN_DIRS
+from fastchat_q.workers.engines.builtin import BUILTIN_DIRS
 from fastchat_q.workers.engines.loading import Loaded, load
 from fastchat_q.workers.engines.rendering import Renderer
 from transformers import AutoTokenizer

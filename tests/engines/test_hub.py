@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastchat_q.workers.engines import hub as hub_module
+from fastchat_q.workers.engines.builtin import BUILTIN_DIRS
 from fastchat_q.workers.engines.loading import load
 from fastchat_q.workers.engines.plan import plan
 from huggingface_hub import constants
@@ -20,7 +20,7 @@ from fastchat_q.errors import ConfigurationError
 
 from .fake_hub import Hub, hub
 
-TINY = hub_module.BUILTIN_DIRS["tiny"]
+TINY = BUILTIN_DIRS["tiny"]
 
 
 @pytest.fixture

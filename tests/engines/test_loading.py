@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from fastchat_q.workers.engines import hub, loading
+from fastchat_q.workers.engines import loading
+from fastchat_q.workers.engines.builtin import BUILTIN_DIRS
 from fastchat_q.workers.engines.devices import pick_device
 from fastchat_q.workers.engines.loading import Loaded, load
 
@@ -23,7 +24,7 @@ Change = Callable[[Path], object]
 def checkpoint(tmp_path: Path) -> Path:
     """A copy of the built-in model, to be broken."""
     folder = tmp_path / "my-model"
-    shutil.copytree(hub.BUILTIN_DIRS["tiny"], folder)
+    shutil.copytree(BUILTIN_DIRS["tiny"], folder)
     return folder
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastchat_q.workers.engines import quantization
-from fastchat_q.workers.engines.hub import BUILTIN_DIRS
+from fastchat_q.workers.engines.builtin import BUILTIN_DIRS
 from fastchat_q.workers.engines.loading import Loaded, load
 from fastchat_q.workers.engines.plan import plan
 

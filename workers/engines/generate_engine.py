@@ -19,7 +19,7 @@ from .base import Ended, Engine, Output, Request
 from .intake import COMPILING_S, Answers, Choice, Intake, features
 from .loading import Loaded
 from .lora import Adapters
-from .passes import fitting
+from .passes import fitting, watch_layers
 from .sampling import Sampler
 from .trouble import job_error
 
@@ -48,9 +48,7 @@ class GenerateEngine(Engine):
         self._current: Answers | None = None
         self._dropped = False
         self._told: list[Output] = []
-        for layers in (m for m in loaded.model.modules() if isinstance(m, torch.nn.ModuleList)):
-            for layer in layers:
-                layer.register_forward_pre_hook(lambda *_: self.alive())
+        watch_layers(loaded.model, self.alive)
 
     @property
     def cards(self) -> Sequence[ModelCard]:

@@ -25,12 +25,9 @@ from huggingface_hub.hf_api import ModelInfo
 
 from fastchat_q.choices import LoadOptions
 from fastchat_q.errors import ConfigurationError
-from fastchat_q.models import BUILTIN
 
+from .builtin import BUILTIN_DIRS
 from .progress import Progress
-
-BUILTIN_DIRS = {name: Path(__file__).parent / name / "model" for name in BUILTIN}
-"""Where the built-in models lie inside the package."""
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*")
 """Configuration and tokenizer of a checkpoint."""

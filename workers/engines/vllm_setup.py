@@ -22,12 +22,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from fastchat_q.choices import LoadOptions, WorkerOptions, flag
 from fastchat_q.errors import ConfigurationError
-from fastchat_q.models import BUILTIN
 
 from . import vllm_tether
+from .builtin import BUILTIN_DIRS
 from .vllm_engine import VllmEngine
 
-BUILTIN_DIRS = {name: Path(__file__).parent / name / "model" for name in BUILTIN}
 OURS = {
     *("revision", "tensor-parallel-size", "max-model-len", "trust-remote-code"),
     *("model", "served-model-name", "dtype", "max-num-seqs", "enable-log-requests", "enable-lora"),
