@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 from fastchat_q.workers import worker as worker_module
 from fastchat_q.workers.active import Links
-from fastchat_q.workers.engines.base import Output
+from fastchat_q.workers.engines.base import Output, Request
 from fastchat_q.workers.engines.echo import EchoEngine
 from fastchat_q.workers.worker import MAX_STEPS_AHEAD, Limits, Worker
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from fastchat_q import keys, scripts
 from fastchat_q.connection import connect
+from fastchat_q.errors import FastchatQError
 from fastchat_q.events import Delta, Piece
 from fastchat_q.jobs import Job, Message
 from fastchat_q.queue import LEASE_MS, Claim, Queue, Terms
@@ -139,6 +141,38 @@ async def test_a_log_that_is_read_where_the_claim_is_not_known_says_nothing_of_t
     assert len(asked) == 2
     assert await redis.hmget(NAMES.job("J1"), "state", "attempt", "deaths") == [b"succeeded", b"3", b"0"]  # type: ignore[misc]
     assert_whole(await read(redis, "echo", "J1"))
+
+
+@pytest.mark.parametrize("answer", [RedisConnectionError("away"), FastchatQError("unreadable"), []], ids=repr)
+async def test_a_job_lost_while_its_log_is_read_is_not_begun_and_stops_nothing(
+    redis: "Redis", links: Links, monkeypatch: pytest.MonkeyPatch, answer: Exception | list[Delta]
+) -> None:
+    """As when Redis is away for so long that the lease runs out before the read gives up."""
+    begun: list[str] = []
+
+    class Recording(EchoEngine):
+        def submit(self, request: Request) -> None:
+            begun.append(request.ticket.partition(" ")[0])
+            super().submit(request)
+
+    async def read_late(redis: "Redis", model: str, held: Claim) -> list[Delta]:
+        worker._lost(held)
+        await Queue(redis).cancel("echo", held.job_id, "test")
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(worker_module, "read_claimed", read_late)
+    await enqueue(redis, job())
+    [held] = await claim(redis, "w-before", 1)
+    await append(redis, "echo", [Chunk(held, 2, (Piece((0, 1), "w0 w1"),))])
+    await Queue(redis).release("echo", [held])
+    async with running(links, Recording("echo", 4, 0.002)) as worker:
+        await ended(redis)
+        await enqueue(redis, job("J2"))
+        await ended(redis, "J2")
+    assert begun == ["J2"]
+    assert (await state(redis), await state(redis, "J2")) == ("cancelled", "succeeded")
 
 
 async def test_it_takes_no_more_jobs_than_it_has_slots(redis: "Redis", links: Links) -> None:

@@ -178,38 +178,49 @@ class Worker:
         active = self._active.get(claim.job_id)
         if active is None or active.claim is not claim:
             return  # cancelled while those before it were begun
+        request: Request | None = None
+        failure: FastchatQError | None = None
         try:
-            job = Job.from_spec(claim.spec)
-            check_can_do(active.line.card, job)  # the API may not have known the card
-            images = await blobs.fetch(self._links.commands, active.line.model, job.blobs)
-            prior: tuple[Piece, ...] = ()
-            if claim.n:
-                deltas = await read_claimed(self._links.commands, active.line.model, claim)
-                if deltas is None:
-                    log.warning("the claim is not known where its log is", job=claim.job_id)
-                    self._hand_back(claim)
-                    return
-                prior = tuple(piece for delta in deltas for piece in delta.pieces)
-                logged = sum(piece.k for piece in prior)
-                if logged != claim.n:
-                    raise JobFailedError(f"The token log holds {logged} of {claim.n} tokens.", code="log_incomplete")
-                log.info("resuming", job=claim.job_id, attempt=claim.attempt, tokens=claim.n)
+            request = await self._read(active)
         except FastchatQError as error:
-            self._end(active, (), Ended(error=error))
+            failure = error
         except TRANSIENT as error:  # it cannot be begun now
             log.warning("could not read the job", job=claim.job_id, error=str(error))
-            self._hand_back(claim)
         except (KeyError, TypeError, ValueError, RedisError) as error:  # somebody else wrote into its log, or over it
-            damaged = JobFailedError(f"The token log is damaged: {error!r}.", code="log_incomplete")
-            self._end(active, (), Ended(error=damaged))
-        else:
-            self._engine.submit(Request(job, active.ticket, prior, images))
+            failure = JobFailedError(f"The token log is damaged: {error!r}.", code="log_incomplete")
+        if self._active.get(claim.job_id) is not active:
+            return  # lost while it was read
+        if failure is not None:
+            self._end(active, (), Ended(error=failure))
+        elif request is not None:
+            self._engine.submit(request)
+        else:  # it cannot be begun here and now: that is nobody's fault
+            self._lost(claim)
+            active.line.claimer.doubt("job not read")
 
-    def _hand_back(self, claim: Claim) -> None:
-        """It cannot be begun here and now: that is nobody's fault."""
-        active = self._active[claim.job_id]
-        self._lost(claim)
-        active.line.claimer.doubt("log not read")
+    async def _read(self, active: Active) -> Request | None:
+        """What the engine is asked; None: the server that was read knows nothing of the claim.
+
+        Raises:
+            FastchatQError: the job cannot be done here.
+            RedisError, OSError, KeyError, TypeError, ValueError: Redis is away, or somebody wrote into the log.
+        """
+        claim = active.claim
+        job = Job.from_spec(claim.spec)
+        check_can_do(active.line.card, job)  # the API may not have known the card
+        images = await blobs.fetch(self._links.commands, active.line.model, job.blobs)
+        if not claim.n:
+            return Request(job, active.ticket, (), images)
+        deltas = await read_claimed(self._links.commands, active.line.model, claim)
+        if deltas is None:
+            log.warning("the claim is not known where its log is", job=claim.job_id)
+            return None
+        prior = tuple(piece for delta in deltas for piece in delta.pieces)
+        logged = sum(piece.k for piece in prior)
+        if logged != claim.n:
+            raise JobFailedError(f"The token log holds {logged} of {claim.n} tokens.", code="log_incomplete")
+        log.info("resuming", job=claim.job_id, attempt=claim.attempt, tokens=claim.n)
+        return Request(job, active.ticket, prior, images)
 
     def _hand_over(self, loop: asyncio.AbstractEventLoop, outputs: list[Output]) -> None:
         """On the engine's thread: passes a step's outputs on, and waits when the loop is far behind."""
