@@ -18,10 +18,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from fastchat_q.workers.engines import scheduler
 from fastchat_q.workers.engines.base import Output, Request
-from fastchat_q.workers.engines.loading import Loaded, load
-from fastchat_q.workers.engines.transformers_engine import TransformersEngine
+from fastchat_q.workers.engines.batching import scheduler
+from fastchat_q.workers.engines.batching.engine import TransformersEngine
+from fastchat_q.workers.engines.loading.model import Loaded, load
 from loadgen.report import quantiles_ms
 from processes import machine
 from tiny_llama import make

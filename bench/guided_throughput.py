@@ -13,8 +13,8 @@ import time
 
 import torch
 from fastchat_q.workers.engines.base import Output, Request
-from fastchat_q.workers.engines.loading import load
-from fastchat_q.workers.engines.transformers_engine import TransformersEngine
+from fastchat_q.workers.engines.batching.engine import TransformersEngine
+from fastchat_q.workers.engines.loading.model import load
 
 from fastchat_q.jobs import Guide, Job, Message, Sampling
 

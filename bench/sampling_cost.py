@@ -14,11 +14,11 @@ import time
 from typing import Any
 
 import torch
-from fastchat_q.workers.engines.builtin import BUILTIN_DIRS
-from fastchat_q.workers.engines.sampling import Sampler
-from fastchat_q.workers.engines.sequence import Language, Sequence
-from fastchat_q.workers.engines.structured import Guides
-from fastchat_q.workers.engines.text import TokenTexts
+from fastchat_q.workers.engines.batching.sampling import Sampler
+from fastchat_q.workers.engines.batching.sequence import Language, Sequence
+from fastchat_q.workers.engines.loading.builtin import BUILTIN_DIRS
+from fastchat_q.workers.engines.processing.structured import Guides
+from fastchat_q.workers.engines.processing.text import TokenTexts
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastchat_q.jobs import Guide, Sampling

@@ -289,7 +289,7 @@ def plan(
     from .cli_common import print_json
 
     try:
-        from .workers.engines.plan import plan as count
+        from .workers.engines.loading.plan import plan as count
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"A plan needs {error.name}, which is not installed: pip install 'fastchat-q[worker]'."

@@ -3,16 +3,7 @@
 from typing import Any
 
 from .cli_common import print_table, say
-
-
-def size(count: int | None) -> str | None:
-    """``1.2 GiB``; what is smaller than a tenth of one in MiB or KiB."""
-    if count is None:
-        return None
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if count >= unit / 10:
-            return f"{count / unit:.2f} {name}"
-    return f"{count / 2**10:.1f} KiB"
+from .sizes import in_words
 
 
 def show(plan: dict[str, Any]) -> None:
@@ -21,10 +12,13 @@ def show(plan: dict[str, Any]) -> None:
         ("model", plan["model"]),
         ("architecture", plan["architecture"]),
         ("parameters", f"{plan['parameters']:,}"),
-        ("checkpoint", size(plan["stored"])),
+        ("checkpoint", _size(plan["stored"])),
         ("context length", plan["context_length"]),
-        ("KV cache per token", size(plan["cache_per_token"]) if plan["cache_per_token"] is not None else "unknown"),
-        *((f"free on {place['name']}", f"{size(place['free'])} of {size(place['total'])}") for place in plan["places"]),
+        ("KV cache per token", _size(plan["cache_per_token"]) if plan["cache_per_token"] is not None else "unknown"),
+        *(
+            (f"free on {place['name']}", f"{_size(place['free'])} of {_size(place['total'])}")
+            for place in plan["places"]
+        ),
     ]
     print_table(("what", "figure"), rows)
     print()
@@ -44,5 +38,9 @@ def show(plan: dict[str, Any]) -> None:
 
 
 def _row(variant: dict[str, Any]) -> tuple[Any, ...]:
-    sizes = (size(variant[name]) for name in ("weights", "cache", "working", "total"))
+    sizes = (_size(variant[name]) for name in ("weights", "cache", "working", "total"))
     return (variant["dtype"], variant["quantization"], *sizes, variant["fits_on"] or "does not fit")
+
+
+def _size(count: int | None) -> str | None:
+    return None if count is None else in_words(count)

@@ -52,7 +52,7 @@ class TokenLogprob(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What some tokens of one choice say. What may be shown can lag behind the ids (see ``engines/text.py``)."""
+    """What some tokens of one choice say. What may be shown can lag behind the ids (``engines/processing/text.py``)."""
 
     ids: tuple[int, ...] = ()
     text: str = ""

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from fastchat_q.workers.engines import loading
+from fastchat_q.workers.engines.loading import model as loading
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from .engines.scenes import generated, prompt_ids

@@ -90,7 +90,7 @@ def vllm_environment() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def driver(model: Path, adapter: Path, vllm_environment: None) -> Iterator[Driver]:
     """One engine for all tests: it starts within a minute or so."""
-    from fastchat_q.workers.engines import vllm_setup
+    from fastchat_q.workers.engines.vllm import setup as vllm_setup
 
     options = replace(OPTIONS, model=str(model), engine_arg=EAGER)
     driver = Driver(vllm_setup.build(options, "tiny", {"tiny-adapted": str(adapter)}))
@@ -345,7 +345,7 @@ def test_an_adapter_is_a_model_and_never_mixes_with_its_base(
 
 @needs_vllm
 def test_every_field_of_a_sampling_reaches_vllm() -> None:
-    from fastchat_q.workers.engines.vllm_params import sampling_params
+    from fastchat_q.workers.engines.vllm.params import sampling_params
 
     given = Sampling(
         temperature=0.7, top_p=0.9, top_k=11, min_p=0.05, presence_penalty=0.1, frequency_penalty=0.2,
@@ -377,7 +377,7 @@ def test_every_field_of_a_sampling_reaches_vllm() -> None:
     ],
 )
 def test_an_option_that_vllm_has_not_is_an_error_that_says_what_it_has(pair: str, said: str) -> None:
-    from fastchat_q.workers.engines import vllm_setup
+    from fastchat_q.workers.engines.vllm import setup as vllm_setup
 
     with pytest.raises(ConfigurationError, match=re.escape(said)):
         vllm_setup.build(replace(OPTIONS, model="nowhere", engine_arg=(pair,)), "x")
@@ -385,7 +385,7 @@ def test_an_option_that_vllm_has_not_is_an_error_that_says_what_it_has(pair: str
 
 @needs_vllm
 def test_options_reach_vllm_as_on_its_own_command_line() -> None:
-    from fastchat_q.workers.engines.vllm_setup import _parse, engine_arguments
+    from fastchat_q.workers.engines.vllm.setup import _parse, engine_arguments
 
     words = engine_arguments(["max_num_batched_tokens=2k", "enable-prefix-caching=false", "enforce-eager"])
     args = _parse(["--model=m", *words, *engine_arguments(["compilation-config.mode=0"])])
@@ -395,7 +395,7 @@ def test_options_reach_vllm_as_on_its_own_command_line() -> None:
 
 @needs_vllm
 def test_a_model_that_is_not_there_is_a_configuration_error(vllm_environment: None, tmp_path: Path) -> None:
-    from fastchat_q.workers.engines import vllm_setup
+    from fastchat_q.workers.engines.vllm import setup as vllm_setup
 
     with pytest.raises(ConfigurationError, match="vLLM cannot serve"):
         vllm_setup.build(replace(OPTIONS, model=str(tmp_path)), "x")
@@ -406,7 +406,7 @@ def test_a_model_that_is_not_there_is_a_configuration_error(vllm_environment: No
 @needs_vllm
 def test_the_death_of_vllms_process_ends_the_engine_with_a_reason(model: Path, vllm_environment: None) -> None:
     import psutil
-    from fastchat_q.workers.engines import vllm_setup
+    from fastchat_q.workers.engines.vllm import setup as vllm_setup
 
     before = vllm_processes(psutil.Process())
     engine = vllm_setup.build(replace(OPTIONS, model=str(model), engine_arg=EAGER), "tiny")

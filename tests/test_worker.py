@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fastchat_q.workers import worker as worker_module
+from fastchat_q.workers import record
 from fastchat_q.workers.active import Links
 from fastchat_q.workers.engines.base import Output, Request
 from fastchat_q.workers.engines.echo import EchoEngine
@@ -131,7 +131,7 @@ async def test_a_log_that_is_read_where_the_claim_is_not_known_says_nothing_of_t
         asked.append(claim)
         return await read_claimed(redis, model, replace(claim, fence="1-another") if len(asked) == 1 else claim)
 
-    monkeypatch.setattr(worker_module, "read_claimed", read_elsewhere)
+    monkeypatch.setattr(record, "read_claimed", read_elsewhere)
     await enqueue(redis, job())
     [held] = await claim(redis, "w-before", 1)
     await append(redis, "echo", [Chunk(held, 2, (Piece((0, 1), "w0 w1"),))])
@@ -162,7 +162,7 @@ async def test_a_job_lost_while_its_log_is_read_is_not_begun_and_stops_nothing(
             raise answer
         return answer
 
-    monkeypatch.setattr(worker_module, "read_claimed", read_late)
+    monkeypatch.setattr(record, "read_claimed", read_late)
     await enqueue(redis, job())
     [held] = await claim(redis, "w-before", 1)
     await append(redis, "echo", [Chunk(held, 2, (Piece((0, 1), "w0 w1"),))])

@@ -1,5 +1,7 @@
 """The worker's arithmetic: slots and lanes, and what an error within a step means."""
 
+import errno
+
 import pytest
 import torch
 from fastchat_q.workers.engines.base import OUT_OF_MEMORY
@@ -58,6 +60,10 @@ def test_out_of_memory_is_the_workers_trouble_and_not_the_jobs() -> None:
     with pytest.raises(RuntimeError) as real:
         torch.empty(2**60)
     errors = [real.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory")]
+    errors += [
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("unable to mmap: Cannot allocate memory (12)"),
+    ]
     for error in [*errors, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")]:
         found = job_error(error)
         assert isinstance(found, RetryableError)

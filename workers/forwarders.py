@@ -15,7 +15,7 @@ class Forwarder:
     """A kind of server.
 
     Args:
-        module: in ``engines/``; it holds ``connect`` and imports the client library.
+        module: in ``engines/forwarding/``; it holds ``connect`` and imports the client library.
         key: the variable that the client library itself would read.
     """
 
@@ -24,10 +24,10 @@ class Forwarder:
 
 
 KINDS = {
-    "openai": Forwarder("openai_engine", "OPENAI_API_KEY"),
-    "anthropic": Forwarder("anthropic_engine", "ANTHROPIC_API_KEY"),
-    "gemini": Forwarder("gemini_engine", "GEMINI_API_KEY"),
-    "llama-cpp": Forwarder("llama_cpp_engine", None),
+    "openai": Forwarder("openai", "OPENAI_API_KEY"),
+    "anthropic": Forwarder("anthropic", "ANTHROPIC_API_KEY"),
+    "gemini": Forwarder("gemini", "GEMINI_API_KEY"),
+    "llama-cpp": Forwarder("llama_cpp", None),
 }
 
 
@@ -39,7 +39,7 @@ def build(options: WorkerOptions, name: str, slots: int) -> Engine:
     """
     kind = KINDS[options.engine]
     try:
-        module = import_module(f".engines.{kind.module}", __package__)
+        module = import_module(f".engines.forwarding.{kind.module}", __package__)
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"The {options.engine} engine needs {error.name}, which is not installed: "

@@ -11,6 +11,7 @@ import uvloop
 
 from fastchat_q.choices import AS_THE_CHECKPOINT_SAYS, KIND_OF_ENGINE, WorkerOptions
 from fastchat_q.errors import ConfigurationError
+from fastchat_q.sizes import parse_bytes
 
 from . import forwarders
 from .active import Links
@@ -88,7 +89,10 @@ def build_engine(options: WorkerOptions) -> Engine:
     progress = Progress()
     progress(0.0, "import")
     try:
-        from .engines import devices, loading, lora, transformers_engine
+        from .engines.batching import engine as transformers_engine
+        from .engines.batching import lora
+        from .engines.loading import devices
+        from .engines.loading import model as loading
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"The {options.engine} engine needs {error.name}, which is not installed: "
@@ -98,9 +102,9 @@ def build_engine(options: WorkerOptions) -> Engine:
     folders = lora.fetch(options.adapters, options.load)
     log.info("loading", model=options.model, device=options.device, dtype=options.dtype)
     if options.engine in KIND_OF_ENGINE:
-        from .engines import encoders
+        from .engines.encoding import engine as encoding
 
-        return encoders.build(options, name, slots, progress)
+        return encoding.build(options, name, slots, progress)
     loaded = loading.load(options.model, options.device, options.dtype, options.load, progress)
     if isinstance(loaded.adapter, Generates):
         from .engines.adapted import AdaptedEngine
@@ -110,14 +114,14 @@ def build_engine(options: WorkerOptions) -> Engine:
 
         return AdaptedEngine(name, slots, loaded, loaded.adapter)
     asked = options.load.kv_memory
-    kv_bytes = devices.parse_bytes(asked, "--kv-memory") if asked is not None else None
+    kv_bytes = parse_bytes(asked, "--kv-memory") if asked is not None else None
     adapters = lora.load(loaded.model, options.model, folders)
     return transformers_engine.build(name, slots, loaded, kv_bytes, adapters)
 
 
 def _vllm(options: WorkerOptions, name: str) -> Engine:
     try:
-        from .engines import vllm_setup
+        from .engines.vllm import setup as vllm_setup
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"The vLLM engine needs {error.name}, which is not installed: docs/workers/vllm.md says how."

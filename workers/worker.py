@@ -1,7 +1,6 @@
 """The worker: takes a slot, then claims, then generates, then finishes. One loop a duty; nothing calls a worker."""
 
 import asyncio
-import random
 import threading
 import time
 from collections import Counter
@@ -11,23 +10,21 @@ from dataclasses import dataclass, replace
 import structlog
 from redis.exceptions import RedisError
 
-from fastchat_q import blobs, keys
-from fastchat_q.abilities import check_can_do
+from fastchat_q import keys
 from fastchat_q.connection import TRANSIENT
 from fastchat_q.errors import FastchatQError, InvalidRequestError, JobFailedError, RetryableError
-from fastchat_q.events import Piece, Result
-from fastchat_q.jobs import Job
+from fastchat_q.events import Piece
 from fastchat_q.loops import AWAY, PreemptedError, check_cancelled, every, listen, unless
-from fastchat_q.queue import LEASE_MS, REAP_S, RECONCILE_S, Claim, Finish, Queue
+from fastchat_q.queue import LEASE_MS, REAP_S, RECONCILE_S, Claim, Queue
 from fastchat_q.registry import HEARTBEAT_S, ModelCard, Registration, Registry, process_id
 from fastchat_q.sentinel import FOLLOW_S, follow_master
-from fastchat_q.tokens import read_claimed
 
 from .active import Active, Links
 from .claimer import Claimer
 from .engines.base import FEWER_AT_A_TIME, Ended, Engine, Output, Request
 from .line import Line
 from .publisher import Publisher
+from .record import finish_of, read_request
 from .slots import Slots
 from .turns import Turns
 from .watch import PERIOD_S, Watch
@@ -41,8 +38,6 @@ ABANDONED_S = 15.0
 """A job whose API server is gone for so long is cancelled: nobody is left to read it."""
 MAX_STEPS_AHEAD = 64
 """Steps whose outputs the event loop has not taken yet; then the engine waits, so that heartbeats get their turn."""
-BACKOFF_S = 0.5
-MAX_BACKOFF_S = 30.0
 HAND_BACK_S = 5.0
 
 
@@ -181,7 +176,7 @@ class Worker:
         request: Request | None = None
         failure: FastchatQError | None = None
         try:
-            request = await self._read(active)
+            request = await read_request(self._links.commands, active)
         except FastchatQError as error:
             failure = error
         except TRANSIENT as error:  # it cannot be begun now
@@ -197,30 +192,6 @@ class Worker:
         else:  # it cannot be begun here and now: that is nobody's fault
             self._lost(claim)
             active.line.claimer.doubt("job not read")
-
-    async def _read(self, active: Active) -> Request | None:
-        """What the engine is asked; None: the server that was read knows nothing of the claim.
-
-        Raises:
-            FastchatQError: the job cannot be done here.
-            RedisError, OSError, KeyError, TypeError, ValueError: Redis is away, or somebody wrote into the log.
-        """
-        claim = active.claim
-        job = Job.from_spec(claim.spec)
-        check_can_do(active.line.card, job)  # the API may not have known the card
-        images = await blobs.fetch(self._links.commands, active.line.model, job.blobs)
-        if not claim.n:
-            return Request(job, active.ticket, (), images)
-        deltas = await read_claimed(self._links.commands, active.line.model, claim)
-        if deltas is None:
-            log.warning("the claim is not known where its log is", job=claim.job_id)
-            return None
-        prior = tuple(piece for delta in deltas for piece in delta.pieces)
-        logged = sum(piece.k for piece in prior)
-        if logged != claim.n:
-            raise JobFailedError(f"The token log holds {logged} of {claim.n} tokens.", code="log_incomplete")
-        log.info("resuming", job=claim.job_id, attempt=claim.attempt, tokens=claim.n)
-        return Request(job, active.ticket, prior, images)
 
     def _hand_over(self, loop: asyncio.AbstractEventLoop, outputs: list[Output]) -> None:
         """On the engine's thread: passes a step's outputs on, and waits when the loop is far behind."""
@@ -250,7 +221,7 @@ class Worker:
             log.warning("fewer jobs at a time from now on", reason=code, slots=self._slots.now)
 
     def _end(self, active: Active, pieces: tuple[Piece, ...], ended: Ended) -> None:
-        finish = _finish(active, ended)
+        finish = finish_of(active, ended)
         if ended.error is not None and not isinstance(ended.error, InvalidRequestError):
             log.error(finish.state, job=active.claim.job_id, error=str(ended.error))
         active.line.publisher.add(active.claim, active.n, pieces, finish, urgent=True)
@@ -390,18 +361,6 @@ class Worker:
             await freed.wait()
         for line in self._lines:
             await line.publisher.flushed()
-
-
-def _finish(active: Active, ended: Ended) -> Finish:
-    claim, error = active.claim, ended.error
-    if error is None:
-        result = Result(finish_reason=ended.finish_reason, usage=ended.usage)
-        return Finish(claim, active.n, "succeeded", ended.finish_reason or "stop", result)
-    reason, result = error.code or error.type, Result.from_error(error)
-    if isinstance(error, RetryableError):  # full jitter: jobs that failed together do not come back together
-        backoff_s = error.retry_after_s or random.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2**claim.retries))
-        return Finish(claim, active.n, "retry", reason, result, backoff_s, error.counts)
-    return Finish(claim, active.n, "failed", reason, result)
 
 
 def _threadsafe(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: object) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from fastchat_q.workers.engines import loading
 from fastchat_q.workers.engines.base import Engine
+from fastchat_q.workers.engines.loading import model as loading
 from transformers import PreTrainedTokenizerBase
 
 from .driving import Driver

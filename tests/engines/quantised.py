@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastchat_q.workers.engines.builtin import BUILTIN_DIRS
+from fastchat_q.workers.engines.loading.builtin import BUILTIN_DIRS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TINY = BUILTIN_DIRS["tiny"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import transformers
-from fastchat_q.workers.engines.loading import Loaded
+from fastchat_q.workers.engines.loading.model import Loaded
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VOCABULARY = 1024

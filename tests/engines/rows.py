@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from fastchat_q.workers.engines.rules import ModelRules
-from fastchat_q.workers.engines.sampling import Sampler
-from fastchat_q.workers.engines.sequence import Language, Sequence
-from fastchat_q.workers.engines.structured import Guides
-from fastchat_q.workers.engines.text import TokenTexts
+from fastchat_q.workers.engines.batching.sampling import Sampler
+from fastchat_q.workers.engines.batching.sequence import Language, Sequence
+from fastchat_q.workers.engines.processing.rules import ModelRules
+from fastchat_q.workers.engines.processing.structured import Guides
+from fastchat_q.workers.engines.processing.text import TokenTexts
 from fastchat_q.workers.parsing import Parser
 from transformers import PreTrainedTokenizerBase
 

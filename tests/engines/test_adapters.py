@@ -6,9 +6,9 @@ import pytest
 import torch
 from fastchat_q.workers import adapters
 from fastchat_q.workers.engines.adapted import AdaptedEngine
-from fastchat_q.workers.engines.builtin import BUILTIN_DIRS
-from fastchat_q.workers.engines.loading import Loaded, load
-from fastchat_q.workers.engines.rendering import Renderer
+from fastchat_q.workers.engines.loading.builtin import BUILTIN_DIRS
+from fastchat_q.workers.engines.loading.model import Loaded, load
+from fastchat_q.workers.engines.processing.rendering import Renderer
 from transformers import AutoTokenizer
 
 from fastchat_q.errors import ConfigurationError, InvalidRequestError

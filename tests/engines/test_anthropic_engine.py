@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("anthropic")
 
-from fastchat_q.workers.engines.anthropic_engine import FEATURES, connect, request_body
 from fastchat_q.workers.engines.base import UPSTREAM_BUSY
-from fastchat_q.workers.engines.remote import Upstream
+from fastchat_q.workers.engines.forwarding.anthropic import FEATURES, connect, request_body
+from fastchat_q.workers.engines.forwarding.remote import Upstream
 
 from fastchat_q.errors import ConfigurationError, InvalidRequestError, RetryableError
 from fastchat_q.events import Piece, ToolCallDelta, Usage

@@ -1,12 +1,12 @@
 """Every architecture says what `generate` says: alone, among others that join and leave, and when memory is short."""
 
 import pytest
-from fastchat_q.workers.engines import kv, prefixes
-from fastchat_q.workers.engines.dense import Dense
-from fastchat_q.workers.engines.packed import Packed
-from fastchat_q.workers.engines.passes import RowByRow, Way
-from fastchat_q.workers.engines.scheduler import Pace
-from fastchat_q.workers.engines.transformers_engine import TransformersEngine
+from fastchat_q.workers.engines.batching import kv, prefixes
+from fastchat_q.workers.engines.batching.dense import Dense
+from fastchat_q.workers.engines.batching.engine import TransformersEngine
+from fastchat_q.workers.engines.batching.packed import Packed
+from fastchat_q.workers.engines.batching.passes import RowByRow, Way
+from fastchat_q.workers.engines.batching.scheduler import Pace
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conftest import Drive

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastchat_q.workers.engines import devices
-from fastchat_q.workers.engines.devices import free_memory, parse_bytes, place
-from fastchat_q.workers.engines.loading import Loaded, load
-from fastchat_q.workers.engines.transformers_engine import TransformersEngine
+from fastchat_q.workers.engines.batching.engine import TransformersEngine
+from fastchat_q.workers.engines.loading import devices
+from fastchat_q.workers.engines.loading.devices import free_memory, place
+from fastchat_q.workers.engines.loading.model import Loaded, load
 
 from fastchat_q.choices import LoadOptions
 from fastchat_q.errors import ConfigurationError
+from fastchat_q.sizes import parse_bytes
 
 from .conftest import Drive
 from .driving import job

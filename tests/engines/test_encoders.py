@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from fastchat_q.workers.engines import encoders, loading
 from fastchat_q.workers.engines.base import Request
-from fastchat_q.workers.engines.encoder_engine import EncoderEngine
+from fastchat_q.workers.engines.encoding import models as encoders
+from fastchat_q.workers.engines.encoding.engine import EncoderEngine
+from fastchat_q.workers.engines.loading import model as loading
 
 from fastchat_q.choices import EncoderOptions
 from fastchat_q.errors import ConfigurationError, FastchatQError

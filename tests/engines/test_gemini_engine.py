@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("google.genai")
 
 from fastchat_q.workers.engines.base import UPSTREAM_BUSY
-from fastchat_q.workers.engines.gemini_engine import FEATURES, config, connect, contents
-from fastchat_q.workers.engines.remote import Upstream
+from fastchat_q.workers.engines.forwarding.gemini import FEATURES, config, connect, contents
+from fastchat_q.workers.engines.forwarding.remote import Upstream
 
 from fastchat_q.errors import ConfigurationError, InvalidRequestError, RetryableError
 from fastchat_q.events import Piece, ToolCallDelta, Usage

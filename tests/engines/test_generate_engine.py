@@ -1,9 +1,9 @@
 """What the step loop cannot run goes through `generate`, and means the same: sampling, resuming, cancelling."""
 
 import pytest
-from fastchat_q.workers.engines.generate_engine import GenerateEngine
-from fastchat_q.workers.engines.loading import Loaded
-from fastchat_q.workers.engines.transformers_engine import TransformersEngine, build
+from fastchat_q.workers.engines.batching.engine import TransformersEngine, build
+from fastchat_q.workers.engines.batching.generate import GenerateEngine
+from fastchat_q.workers.engines.loading.model import Loaded
 from transformers import PreTrainedTokenizerBase
 
 from fastchat_q.errors import JobFailedError

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from fastchat_q.workers.engines.builtin import BUILTIN_DIRS
-from fastchat_q.workers.engines.loading import load
-from fastchat_q.workers.engines.plan import plan
+from fastchat_q.workers.engines.loading.builtin import BUILTIN_DIRS
+from fastchat_q.workers.engines.loading.model import load
+from fastchat_q.workers.engines.loading.plan import plan
 from huggingface_hub import constants
 
 from fastchat_q.choices import LoadOptions
@@ -169,7 +169,7 @@ def test_code_of_a_checkpoint_is_not_run_and_the_option_is_named(odd: Path, capf
 
 def test_code_of_a_checkpoint_runs_when_it_is_trusted(odd: Path, tmp_path: Path) -> None:
     code = (
-        "from fastchat_q.workers.engines.loading import load\nfrom fastchat_q.choices import LoadOptions\n"
+        "from fastchat_q.workers.engines.loading.model import load\nfrom fastchat_q.choices import LoadOptions\n"
         f"print(type(load({str(odd)!r}, 'cpu', options=LoadOptions(trust_remote_code=True)).model).__name__)"
     )
     environment = {"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"}

@@ -4,9 +4,9 @@ import random
 
 import pytest
 import torch
-from fastchat_q.workers.engines import kv, prefixes
-from fastchat_q.workers.engines.kv import KVStore, LayerShape, Place, Shapes
-from fastchat_q.workers.engines.prefixes import BLOCK, Prefixes
+from fastchat_q.workers.engines.batching import kv, prefixes
+from fastchat_q.workers.engines.batching.kv import KVStore, LayerShape, Place, Shapes
+from fastchat_q.workers.engines.batching.prefixes import BLOCK, Prefixes
 
 SHAPES: Shapes = (
     LayerShape(2, 4, 2, 4, torch.float32, torch.device("cpu")),

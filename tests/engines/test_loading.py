@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from fastchat_q.workers.engines import loading
-from fastchat_q.workers.engines.builtin import BUILTIN_DIRS
-from fastchat_q.workers.engines.devices import pick_device
-from fastchat_q.workers.engines.loading import Loaded, load
+from fastchat_q.workers.engines.loading import model as loading
+from fastchat_q.workers.engines.loading.builtin import BUILTIN_DIRS
+from fastchat_q.workers.engines.loading.devices import pick_device
+from fastchat_q.workers.engines.loading.model import Loaded, load
 
 from fastchat_q.choices import Dtype
 from fastchat_q.errors import ConfigurationError

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from fastchat_q.workers.engines import lora, transformers_engine
-from fastchat_q.workers.engines.generate_engine import GenerateEngine
-from fastchat_q.workers.engines.passes import Model
-from fastchat_q.workers.engines.transformers_engine import TransformersEngine
+from fastchat_q.workers.engines.batching import engine as transformers_engine
+from fastchat_q.workers.engines.batching import lora
+from fastchat_q.workers.engines.batching.engine import TransformersEngine
+from fastchat_q.workers.engines.batching.generate import GenerateEngine
+from fastchat_q.workers.engines.batching.passes import Model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase

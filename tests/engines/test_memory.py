@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from fastchat_q.workers.engines.configs import context_length
-from fastchat_q.workers.engines.loading import load
-from fastchat_q.workers.engines.memory import cache_layers, footprint, skeleton, weight_bytes
-from fastchat_q.workers.engines.plan import plan
+from fastchat_q.workers.engines.loading.builtin import BUILTIN_DIRS
+from fastchat_q.workers.engines.loading.configs import context_length
+from fastchat_q.workers.engines.loading.memory import cache_layers, footprint, skeleton, weight_bytes
+from fastchat_q.workers.engines.loading.model import load
+from fastchat_q.workers.engines.loading.plan import plan
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fastchat_q.choices import LoadOptions, Quantization
@@ -103,7 +104,7 @@ def test_an_encoder_decoder_is_counted_with_its_two_caches() -> None:
 @pytest.mark.parametrize("name", QUANTISABLE)
 def test_quantised_weights_are_counted_to_a_few_percent(tmp_path: Path, name: str, method: Quantization) -> None:
     pytest.importorskip("torchao" if method.startswith("torchao") else "bitsandbytes")
-    from fastchat_q.workers.engines.quantization import arguments
+    from fastchat_q.workers.engines.loading.quantization import arguments
 
     config = ALL[name]()
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
@@ -213,7 +214,7 @@ def test_the_command_prints_tables_and_its_advice_on_stderr() -> None:
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read() -> None:
-    with pytest.raises(ConfigurationError, match=r"weights are 6\.5 MiB as float32.*room for 1\.0 MiB.*--quantization"):
+    with pytest.raises(ConfigurationError, match=r"weights are 6\.48 MiB.*room for 1\.00 MiB.*--quantization"):
         load("tiny", "cpu", options=LoadOptions(max_cpu_memory="1MiB"))
 
 
@@ -222,10 +223,10 @@ def test_the_allocators_last_word_is_told_as_what_it_is(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(**COMMON | {"vocab_size": 300_000, "hidden_size": 512, "num_attention_heads": 8})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (tmp_path / name).write_bytes((Path(load.__code__.co_filename).parent / "tiny" / "model" / name).read_bytes())
+        (tmp_path / name).write_bytes((BUILTIN_DIRS["tiny"] / name).read_bytes())
     code = f"""
 import resource
-from fastchat_q.workers.engines.loading import load
+from fastchat_q.workers.engines.loading.model import load
 from fastchat_q.errors import ConfigurationError
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 900 * 2**20, -1))

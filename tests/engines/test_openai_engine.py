@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from fastchat_q.workers.engines.base import UPSTREAM_BUSY, Request
-from fastchat_q.workers.engines.openai_engine import connect
-from fastchat_q.workers.engines.openai_request import DIALECTS, PLAIN, request_body
-from fastchat_q.workers.engines.remote import Trouble, Upstream, job_error, retry_after_s
+from fastchat_q.workers.engines.forwarding.openai import connect
+from fastchat_q.workers.engines.forwarding.openai_request import DIALECTS, PLAIN, request_body
+from fastchat_q.workers.engines.forwarding.remote import Trouble, Upstream, job_error, retry_after_s
 
 from fastchat_q.errors import ConfigurationError, InvalidRequestError, RetryableError
 from fastchat_q.events import Piece, ToolCallDelta, Usage

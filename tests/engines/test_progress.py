@@ -7,8 +7,8 @@ import sys
 import termios
 
 import pytest
-from fastchat_q.workers.engines.loading import load
-from fastchat_q.workers.engines.progress import Progress
+from fastchat_q.workers.engines.loading.model import load
+from fastchat_q.workers.engines.loading.progress import Progress
 from transformers.utils import logging as transformers_logging
 
 
@@ -45,7 +45,7 @@ def test_a_listener_that_fails_ends_the_load(capsys: pytest.CaptureFixture[str])
     assert transformers_logging.set_tqdm_hook(None) is None
 
 
-CODE = "from fastchat_q.workers.engines.loading import load; load('tiny', 'cpu')"
+CODE = "from fastchat_q.workers.engines.loading.model import load; load('tiny', 'cpu')"
 
 
 def test_log_lines_go_where_there_is_no_terminal_and_no_bars() -> None:

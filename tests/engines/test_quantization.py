@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastchat_q.workers.engines import quantization
-from fastchat_q.workers.engines.builtin import BUILTIN_DIRS
-from fastchat_q.workers.engines.loading import Loaded, load
-from fastchat_q.workers.engines.plan import plan
+from fastchat_q.workers.engines.loading import quantization
+from fastchat_q.workers.engines.loading.builtin import BUILTIN_DIRS
+from fastchat_q.workers.engines.loading.model import Loaded, load
+from fastchat_q.workers.engines.loading.plan import plan
 
 from fastchat_q.choices import Dtype, LoadOptions, Quantization
 from fastchat_q.errors import ConfigurationError

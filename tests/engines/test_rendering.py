@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fastchat_q.workers.engines.rendering import Renderer, give_template, stop_ids, token_limit
+from fastchat_q.workers.engines.processing.rendering import Renderer, give_template, stop_ids, token_limit
 from fastchat_q.workers.families import Choice, choose
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase

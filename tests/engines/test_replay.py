@@ -1,7 +1,8 @@
 """An answer made anew is joined to what its client has, or refused: nothing twice, nothing that does not fit."""
 
 import pytest
-from fastchat_q.workers.engines.replay import CannotResumeError, Replay
+from fastchat_q.workers.engines.base import CannotResumeError
+from fastchat_q.workers.engines.forwarding.replay import Replay
 
 from fastchat_q.events import Alternative, Piece, TokenLogprob, ToolCallDelta
 

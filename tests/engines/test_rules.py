@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from fastchat_q.workers.engines.rules import ModelRules
-from fastchat_q.workers.engines.transformers_engine import TransformersEngine
+from fastchat_q.workers.engines.batching.engine import TransformersEngine
+from fastchat_q.workers.engines.processing.rules import ModelRules
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conftest import Drive

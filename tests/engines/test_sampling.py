@@ -7,9 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fastchat_q.workers.engines.sampling import CANDIDATES, IMPOSSIBLE, MORE_CANDIDATES, Sampler, _edit, uniform
-from fastchat_q.workers.engines.sequence import Picked, Sequence
-from fastchat_q.workers.engines.text import TokenTexts
+from fastchat_q.workers.engines.batching.sampling import (
+    CANDIDATES,
+    IMPOSSIBLE,
+    MORE_CANDIDATES,
+    Sampler,
+    _edit,
+    uniform,
+)
+from fastchat_q.workers.engines.batching.sequence import Picked, Sequence
+from fastchat_q.workers.engines.processing.text import TokenTexts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -203,7 +210,7 @@ def pick_at(uniforms: list[float], logits: torch.Tensor, rows: list[Sequence]) -
     """The next tokens if chance says these numbers."""
     with pytest.MonkeyPatch.context() as patch:
         numbers = iter(uniforms)
-        patch.setattr("fastchat_q.workers.engines.sampling.uniform", lambda *_: next(numbers))
+        patch.setattr("fastchat_q.workers.engines.batching.sampling.uniform", lambda *_: next(numbers))
         return pick(logits, rows)
 
 

@@ -9,12 +9,12 @@ import jsonschema
 import pytest
 import torch
 from fastchat_q.workers.engines.base import Request
-from fastchat_q.workers.engines.loading import Loaded
-from fastchat_q.workers.engines.sampling import Sampler
-from fastchat_q.workers.engines.sequence import Language, Picked, Sequence
-from fastchat_q.workers.engines.structured import CACHED_GRAMMARS, Guides
-from fastchat_q.workers.engines.text import TokenTexts
-from fastchat_q.workers.engines.transformers_engine import TransformersEngine
+from fastchat_q.workers.engines.batching.engine import TransformersEngine
+from fastchat_q.workers.engines.batching.sampling import Sampler
+from fastchat_q.workers.engines.batching.sequence import Language, Picked, Sequence
+from fastchat_q.workers.engines.loading.model import Loaded
+from fastchat_q.workers.engines.processing.structured import CACHED_GRAMMARS, Guides
+from fastchat_q.workers.engines.processing.text import TokenTexts
 from transformers import PreTrainedTokenizerBase
 
 from fastchat_q.errors import InvalidRequestError

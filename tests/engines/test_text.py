@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
-from fastchat_q.workers.engines.text import MAX_HELD_TOKENS, REPLACEMENT, Detokenizer, StopMatcher
+from fastchat_q.workers.engines.processing.text import MAX_HELD_TOKENS, REPLACEMENT, Detokenizer, StopMatcher
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerBase
 

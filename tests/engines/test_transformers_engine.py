@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 from fastchat_q.workers.engines.base import Engine, Request
-from fastchat_q.workers.engines.loading import Loaded
-from fastchat_q.workers.engines.scheduler import Pace
-from fastchat_q.workers.engines.transformers_engine import TransformersEngine
+from fastchat_q.workers.engines.batching.engine import TransformersEngine
+from fastchat_q.workers.engines.batching.scheduler import Pace
+from fastchat_q.workers.engines.loading.model import Loaded
 from transformers import PreTrainedTokenizerBase
 
 from fastchat_q.errors import ContextLengthError, InvalidRequestError, JobFailedError
@@ -186,6 +186,16 @@ def test_a_resumed_answer_goes_on_exactly_where_it_was(running: Driver, temperat
     one = job("j", question(4), max_tokens=24, temperature=temperature, top_p=top_p, seed=11)
     whole = assert_resumes_at_every_cut(running, one)
     assert len(whole.ids) == 24
+
+
+def test_an_answer_begun_without_token_ids_is_not_begun_again(running: Driver) -> None:
+    """A forwarder began it: to answer anew behind what the client has would be to answer twice."""
+    running.resume_behind(job("j", question(4), max_tokens=24), [Piece(text="Hello", units=1)])
+    [answer] = running.wait("j")
+    assert answer.pieces == []
+    assert answer.ended is not None
+    assert answer.ended.error is not None
+    assert answer.ended.error.code == "cannot_resume"
 
 
 def test_the_built_in_model_resumes_exactly(drive: Drive, tiny: Loaded) -> None:

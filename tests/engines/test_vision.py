@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from fastchat_q.workers.engines import vision
 from fastchat_q.workers.engines.base import Request
-from fastchat_q.workers.engines.generate_engine import GenerateEngine
-from fastchat_q.workers.engines.loading import Loaded
-from fastchat_q.workers.engines.transformers_engine import TransformersEngine, build
+from fastchat_q.workers.engines.batching.engine import TransformersEngine, build
+from fastchat_q.workers.engines.batching.generate import GenerateEngine
+from fastchat_q.workers.engines.loading.model import Loaded
+from fastchat_q.workers.engines.processing import vision
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 

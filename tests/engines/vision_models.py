@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from fastchat_q.workers.engines.loading import Loaded
-from fastchat_q.workers.engines.vision import sight_of
+from fastchat_q.workers.engines.loading.model import Loaded
+from fastchat_q.workers.engines.processing.vision import sight_of
 from PIL import Image
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastchat_q.workers.engines.loading import load
-from fastchat_q.workers.engines.rendering import Renderer
+from fastchat_q.workers.engines.loading.model import load
+from fastchat_q.workers.engines.processing.rendering import Renderer
 
 from fastchat_q.choices import LoadOptions
 from fastchat_q.errors import ConfigurationError

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fastchat_q.workers.engines.builtin import BUILTIN_DIRS
+from fastchat_q.workers.engines.loading.builtin import BUILTIN_DIRS
 from redis.asyncio import Redis
 
 from fastchat_q import keys

@@ -17,6 +17,17 @@ from fastchat_q.registry import ModelCard
 log = structlog.get_logger()
 
 
+class CannotResumeError(JobFailedError):
+    """The rest of an answer cannot be had here: what is made now would not begin with what was sent."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"The worker died in the middle of the answer, and it cannot be continued: {why}. Send the request again.",
+            status=502,
+            code="cannot_resume",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A claimed job for the engine. ``prior`` is what earlier attempts left in the log, oldest first.
@@ -32,7 +43,13 @@ class Request:
     """The images of the job, by name."""
 
     def prior_ids(self, choice: int = 0) -> tuple[int, ...]:
-        """The tokens that a choice has already."""
+        """The tokens that a choice has already.
+
+        Raises:
+            CannotResumeError: they came from a server that tells no ids.
+        """
+        if any(piece.units for piece in self.prior):
+            raise CannotResumeError("another server began it, which told no token ids")
         return tuple([i for piece in self.prior if piece.choice == choice for i in piece.ids])
 
 

@@ -10,7 +10,7 @@ from fastchat_q.events import FinishReason, Piece, Usage
 from fastchat_q.registry import ModelCard
 
 from .base import Ended, Engine, Output, Request
-from .text import StopMatcher
+from .processing.text import StopMatcher
 
 WORD = re.compile(r"\s*\S+|\s+$")
 

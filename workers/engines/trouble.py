@@ -1,4 +1,6 @@
-"""What an exception within a step means: the job's fault, the worker's trouble for now, or the end of the device."""
+"""What an exception of a library means: the job's fault, the worker's trouble for now, or the end of the device."""
+
+import errno
 
 import torch
 
@@ -6,8 +8,8 @@ from fastchat_q.errors import FastchatQError, JobFailedError, RetryableError
 
 from .base import OUT_OF_MEMORY
 
-ALLOCATION_MESSAGES = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-"""What torch's CPU allocator and the CUDA libraries say, in a plain RuntimeError."""
+ALLOCATION_MESSAGES = ("out of memory", "can't allocate memory", "Cannot allocate memory", "ALLOC_FAILED")
+"""What torch's CPU allocator, its mapping of files and the CUDA libraries say, in a plain RuntimeError."""
 DEVICE_MESSAGES = ("CUDA error", "CUDNN_STATUS", "CUBLAS_STATUS", "NCCL error", "HIP error")
 
 
@@ -21,7 +23,7 @@ def job_error(error: Exception) -> FastchatQError:
     if isinstance(error, FastchatQError):
         return error
     said = f"{type(error).__name__}: {error}"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(error, ALLOCATION_MESSAGES):
+    if is_out_of_memory(error):
         return RetryableError(f"The worker ran out of memory: {said}", code=OUT_OF_MEMORY)
     if isinstance(error, torch.AcceleratorError) or _says(error, DEVICE_MESSAGES):
         if not _device_works():
@@ -30,7 +32,16 @@ def job_error(error: Exception) -> FastchatQError:
     return JobFailedError(f"The engine failed: {said}", code="engine_error")
 
 
-def _says(error: Exception, messages: tuple[str, ...]) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Accelerators have a type for it, the CPU's allocator has words, and the system a number."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return _says(error, ALLOCATION_MESSAGES)
+
+
+def _says(error: BaseException, messages: tuple[str, ...]) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
 
 

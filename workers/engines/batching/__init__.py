@@ -1,0 +1,1 @@
+"""The engine for transformers models: a step loop whose rows join and leave between steps."""

@@ -1,0 +1,1 @@
+"""Engines that read and do not write: embeddings and rankings."""

@@ -1,0 +1,1 @@
+"""Engines whose model is another server, asked over its own API."""

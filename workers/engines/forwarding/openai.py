@@ -1,0 +1,278 @@
+"""Forwards to any OpenAI-compatible server: vLLM, SGLang, llama.cpp, Ollama, hosted ones, another fastchat-q."""
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, get_args
+
+import httpx2
+import openai
+import structlog
+from openai.types import Model
+from openai.types.chat import ChatCompletionChunk
+from openai.types.chat.chat_completion_chunk import Choice, ChoiceDeltaToolCall
+
+from fastchat_q.errors import ConfigurationError, JobFailedError
+from fastchat_q.events import Alternative, FinishReason, Piece, TokenLogprob, ToolCallDelta, Usage
+from fastchat_q.jobs import Feature, Job
+from fastchat_q.registry import ModelCard
+
+from ..async_engine import Give
+from ..base import Ended, Request
+from .openai_request import PLAIN, Dialect, dialect_of, request_body
+from .remote import (
+    CONNECT_S,
+    TIMEOUT,
+    UNKNOWN_ID,
+    BrokenOffError,
+    RemoteEngine,
+    Trouble,
+    Upstream,
+    connection_trouble,
+    status_trouble,
+)
+
+log = structlog.get_logger()
+
+FEATURES: tuple[Feature, ...] = get_args(Feature)
+"""All: the server behind honours or refuses them, in its own words."""
+NO_KEY = "none"
+"""What servers get that ask for no key: the client insists on sending one."""
+
+
+class OpenAIEngine(RemoteEngine):
+    """One streamed request a job, through the official client."""
+
+    errors = (openai.APIError, httpx2.HTTPError)
+
+    def __init__(self, card: ModelCard, slots: int, upstream: Upstream, dialect: Dialect = PLAIN) -> None:
+        super().__init__(card, slots, upstream)
+        self._dialect = dialect
+        self._client: openai.AsyncOpenAI
+
+    async def opened(self) -> None:
+        self._client = openai.AsyncOpenAI(
+            base_url=self.upstream.base_url,
+            api_key=self.upstream.api_key or NO_KEY,
+            max_retries=0,  # that is the queue's
+            timeout=TIMEOUT,
+        )
+
+    async def closing(self) -> None:
+        await self._client.close()
+
+    async def probe(self) -> None:
+        models = (await self._client.models.list(timeout=CONNECT_S)).data
+        self._dialect = _dialect(models, self.upstream.model, self._dialect)
+
+    def troubled(self, error: Exception) -> Trouble:
+        return trouble_of(error)
+
+    def continues(self, job: Job) -> bool:
+        return self._dialect.go_on is not None
+
+    def repeats(self, job: Job) -> bool:
+        return True  # a job has a seed, and most servers keep to it
+
+    async def answer(self, request: Request, give: Give, prefix: str, done: int) -> Ended:
+        body = request_body(request.job, self.upstream.model, self._dialect, request.blobs, prefix, done)
+        reader = Reader(request.job.sampling.n, give)
+        async with self._stream(body) as chunks:
+            async for chunk in chunks:
+                reader.take(chunk)
+        return reader.ended(done)
+
+    @contextlib.asynccontextmanager
+    async def _stream(self, body: dict[str, Any]) -> AsyncIterator[openai.AsyncStream[ChatCompletionChunk]]:
+        """The chunks; the connection is closed when this is left, which tells the server to stop."""
+        stream = await self._client.post(
+            "/chat/completions",
+            body=body,
+            cast_to=ChatCompletionChunk,
+            stream=True,
+            stream_cls=openai.AsyncStream[ChatCompletionChunk],
+        )
+        async with stream:
+            yield stream
+
+
+class Reader:
+    """Chunks of one answer, as pieces.
+
+    Args:
+        choices: how many the answer has.
+    """
+
+    def __init__(self, choices: int, give: Give) -> None:
+        self._choices = choices
+        self._give = give
+        self._usage: Usage | None = None
+        self._tokens = 0
+        self._chunks = 0
+        self._reasons: dict[int, FinishReason] = {}
+
+    def take(self, chunk: ChatCompletionChunk) -> None:
+        """Reads one chunk."""
+        units = 1
+        if chunk.usage is not None:
+            self._usage = Usage(chunk.usage.prompt_tokens or 0, chunk.usage.completion_tokens or 0)
+            if self._choices == 1:
+                units = max(1, self._usage.completion_tokens - self._tokens)
+        given = False
+        for choice in chunk.choices or ():
+            if choice.finish_reason is not None:
+                self._reasons[choice.index] = finish_reason(choice.finish_reason)
+            piece = self._piece(choice, units)
+            if piece is not None:
+                self._give(piece)
+                given = True
+        if given:
+            self._tokens += units
+            self._chunks += 1
+
+    def _piece(self, choice: Choice, units: int) -> Piece | None:
+        delta = choice.delta
+        finish = self._reasons[choice.index] if choice.finish_reason is not None and self._choices > 1 else None
+        piece = Piece(
+            text=(delta.content or "") + (delta.refusal or ""),
+            choice=choice.index,
+            reasoning=_reasoning(delta),
+            tool_calls=call_deltas(delta.tool_calls or ()),
+            logprobs=tuple(_logprobs(choice)),
+            finish=finish,
+            units=units,
+        )
+        return piece if piece.said or piece.tool_calls or piece.logprobs or finish else None
+
+    def ended(self, done: int) -> Ended:
+        """The end of the answer; ``done`` tokens of it were there before.
+
+        Raises:
+            BrokenOffError: it did not come.
+        """
+        if not self._reasons:
+            raise BrokenOffError("The upstream server ended the answer without a finish reason.")
+        if len(self._reasons) < self._choices:
+            raise JobFailedError(
+                f"The upstream server gave {len(self._reasons)} of {self._choices} answers.",
+                status=502,
+                code="upstream_error",
+            )
+        usage = self._usage
+        if usage is not None and done:
+            usage = Usage(max(usage.prompt_tokens - done, 0), usage.completion_tokens + done)
+        return Ended(usage or Usage(0, done + self._tokens), self._reasons[min(self._reasons)])
+
+
+def finish_reason(reason: str) -> FinishReason:
+    """Ours for theirs; what a server made up means that it stopped."""
+    if reason == "function_call":
+        return "tool_calls"
+    return reason if reason in get_args(FinishReason) else "stop"  # type: ignore[return-value]
+
+
+def _reasoning(delta: object) -> str:
+    """Where servers put it: ``reasoning_content`` (SGLang, llama.cpp, DeepSeek) or ``reasoning`` (vLLM, Ollama)."""
+    return getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None) or ""
+
+
+def call_deltas(calls: Iterable[ChoiceDeltaToolCall]) -> tuple[ToolCallDelta, ...]:
+    """Parts of tool calls. Servers that send whole calls may leave out the index."""
+    found: dict[int, ToolCallDelta] = {}
+    for position, call in enumerate(calls):
+        index = position if call.index is None else call.index
+        arguments = (call.function.arguments if call.function else None) or ""
+        if index in found:
+            found[index] = found[index]._replace(arguments=found[index].arguments + arguments)
+        else:
+            name = call.function.name if call.function else None
+            found[index] = ToolCallDelta(index, arguments, call.id or None, name or None)
+    return tuple(found.values())
+
+
+def _logprobs(choice: Choice) -> Iterable[TokenLogprob]:
+    for one in (choice.logprobs.content if choice.logprobs else None) or ():
+        top = tuple(Alternative(_id(other), other.token, other.logprob) for other in one.top_logprobs or ())
+        yield TokenLogprob(_id(one), one.token, one.logprob, top)
+
+
+def _id(token: object) -> int:
+    """llama.cpp tells it."""
+    found = getattr(token, "id", None)
+    return found if isinstance(found, int) else UNKNOWN_ID
+
+
+def trouble_of(error: Exception) -> Trouble:
+    """What an error of the client means."""
+    if isinstance(error, openai.APIStatusError):
+        return status_trouble(error.status_code, error.body, error.message, error.response.headers)
+    if isinstance(error, openai.APIConnectionError | httpx2.HTTPError):
+        return connection_trouble(error)
+    assert isinstance(error, openai.APIError)
+    return stream_trouble(error.body, error.message)
+
+
+TYPES = {
+    "invalid_request_error": 400,
+    "BadRequestError": 400,
+    "rate_limit_error": 429,
+    "overloaded_error": 529,
+    "timeout_error": 504,
+}
+
+
+def stream_trouble(body: object, message: str) -> Trouble:
+    """An error inside of a stream: it has no status of its own, but most servers put it into ``code`` or ``type``."""
+    trouble = status_trouble(500, body, message, {})
+    code = body.get("code") if isinstance(body, dict) else None
+    status = code if isinstance(code, int) else TYPES.get(trouble.type or "", 500)
+    return Trouble(status, trouble.message, trouble.type, trouble.code, trouble.param)
+
+
+def connect(name: str, slots: int, upstream: Upstream) -> OpenAIEngine:
+    """An engine that knows what the server says of the model. A server that is away may come later.
+
+    Raises:
+        ConfigurationError: the server refuses the key.
+    """
+    context_length, dialect = None, PLAIN
+    try:
+        with openai.OpenAI(
+            base_url=upstream.base_url, api_key=upstream.api_key or NO_KEY, max_retries=0, timeout=CONNECT_S
+        ) as client:
+            models = client.models.list().data
+    except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+        raise ConfigurationError(
+            f"The server at {client.base_url} refuses the key (HTTP {error.status_code}): see --api-key-env."
+        ) from error
+    except (openai.APIError, httpx2.HTTPError) as error:
+        log.warning("upstream tells nothing of its models", why=trouble_of(error).message)
+    else:
+        dialect = _dialect(models, upstream.model, PLAIN)
+        listed = [model for model in models if model.id == upstream.model]
+        context_length = context_length_of(listed[0]) if listed else None
+        if not listed:
+            log.warning("upstream does not list the model", model=upstream.model)
+    card = ModelCard(
+        name,
+        "openai",
+        context_length,
+        int(time.time()),
+        device="-",
+        features=FEATURES,
+        batching="upstream",
+    )
+    return OpenAIEngine(card, slots, upstream, dialect)
+
+
+def _dialect(models: list[Model], model: str, default: Dialect) -> Dialect:
+    owner = next((one.owned_by for one in models if one.id == model), None)
+    owner = owner or next((one.owned_by for one in models), None)
+    return dialect_of(owner) if owner else default
+
+
+def context_length_of(model: Model) -> int | None:
+    """Of prompt and completion together. vLLM and SGLang say it beside OpenAI's fields, llama.cpp in ``meta``."""
+    extra: dict[str, Any] = model.model_extra or {}
+    found = extra.get("max_model_len") or extra.get("context_length") or (extra.get("meta") or {}).get("n_ctx")
+    return found if isinstance(found, int) else None

@@ -1,0 +1,205 @@
+"""Structured output: which tokens may come next in an answer that a JSON schema, a regex or a grammar describes.
+
+llguidance does the work (why: docs/decisions/0011-structured-outputs.md). Grammars are compiled on a thread of their
+own while their row waits; a mask is a row of bits that `mask` applies to the logits of all guided rows at once.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.hf import from_tokenizer
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fastchat_q.errors import InvalidRequestError
+from fastchat_q.jobs import Guide
+
+from ..tensors import to_device
+
+CACHED_GRAMMARS = 128
+JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x09]{0,12}", "lenient": False}
+"""Enough white space for a pretty answer, and an end to it: a weak model would go on with blanks for ever. A keyword
+that cannot be held to is refused, never ignored."""
+JSON_KINDS = ("json_object", "json_schema")
+
+
+class Composed(Guide):
+    """A grammar that was made here, of what a job asks for."""
+
+    before: str = ""
+    """A Lark grammar of what comes first, with ``@answer`` in it for the rest."""
+    param: str
+    """The parameter of the request that it comes from."""
+    what: str
+    """What a message calls it."""
+
+
+def behind(before: str, guide: Guide) -> Composed:
+    """A guide for an answer that begins with something else."""
+    return Composed(kind=guide.kind, value=guide.value, before=before, param=_param(guide), what=_name(guide))
+
+
+class Guides:
+    """The compiled grammars of one model, each compiled once. All but the compiling runs on the engine's thread."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._eos_ids = eos_ids
+        self._compiled: OrderedDict[Guide, Future[LLMatcher]] = OrderedDict()
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="guides")
+
+    def guided(self, guide: Guide) -> "Guided":
+        """A row's guide, which has to be `Guided.ready` before the first mask.
+
+        Raises:
+            InvalidRequestError: this model cannot follow any guide.
+        """
+        if not isinstance(self._tokenizer, PreTrainedTokenizerFast) or not self._eos_ids:
+            lack = "an end token" if not self._eos_ids else "a fast tokenizer"
+            raise InvalidRequestError(f"This model has not {lack}, which structured outputs need.", param=_param(guide))
+        compiled = self._compiled.get(guide)
+        if compiled is None:
+            compiled = self._compiled[guide] = self._compiler.submit(self._compile, guide)
+        self._compiled.move_to_end(guide)
+        if len(self._compiled) > CACHED_GRAMMARS:
+            self._compiled.popitem(last=False)
+        return Guided(guide, compiled, self._eos_ids)
+
+    @cached_property
+    def _vocabulary_tree(self) -> LLTokenizer:
+        """Seconds of work for a large vocabulary."""
+        return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=sorted(self._eos_ids))  # type: ignore[arg-type]
+
+    def _compile(self, guide: Guide) -> LLMatcher:
+        try:
+            return self._matcher(guide)
+        except InvalidRequestError:
+            raise
+        except BaseException as error:  # a panic of llguidance is no Exception: it must not end the engine's thread
+            raise _refusal(guide, f"{type(error).__name__}: {error}") from error
+
+    def _matcher(self, guide: Guide) -> LLMatcher:
+        matcher = LLMatcher(self._vocabulary_tree, _grammar(guide), log_level=0)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # builds the first states of the lexer here, not within a step
+        if matcher.is_error():
+            raise _refusal(guide, matcher.get_error())
+        return matcher
+
+
+class Guided:
+    """Where one row is in its grammar. It catches up with the row's tokens when a mask is due, prior ones included."""
+
+    def __init__(self, guide: Guide, compiled: Future[LLMatcher], eos_ids: frozenset[int]) -> None:
+        self._guide = guide
+        self._compiled = compiled
+        self._matcher: LLMatcher | None = None
+        self._consumed = 0
+        self.eos_ids = eos_ids
+        """What the end of a complete answer looks like; it ends the row even if it ignores the model's end."""
+        self.failure: InvalidRequestError | None = None
+        """Why it cannot go on: its row has left the grammar, or the grammar grew beyond llguidance's limits."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether its grammar is compiled.
+
+        Raises:
+            InvalidRequestError: the grammar is none, or one that llguidance cannot follow.
+        """
+        return self._compiled.done() and self._compiled.result() is not None
+
+    def fill(self, bits: NDArray[np.uint8], ids: Sequence[int]) -> None:
+        """Writes the mask for the token behind ids: whole words of 32 tokens, lowest bit first. See `failure`."""
+        if self._matcher is None:
+            self._matcher = self._compiled.result().deep_copy()
+        for token in ids[self._consumed :]:
+            self._matcher.consume_token(token)
+        self._consumed = len(ids)
+        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if self._matcher.is_error():
+            reason = _first_line(self._matcher.get_error())
+            message = f"The {_name(self._guide)} cannot be followed any further: {reason}"
+            self.failure = InvalidRequestError(message, param=_param(self._guide), code="guide_error")
+
+
+def mask(logits: torch.Tensor, at: Sequence[int], bits: NDArray[np.uint8]) -> None:
+    """Sets to -inf what the bits (guided rows, bytes) do not allow, in the rows ``at`` of logits, in place."""
+    vocabulary = logits.shape[-1]
+    if logits.device.type == "cpu":  # numpy's unpacking and masking are several times as fast as torch's
+        forbidden = np.unpackbits(~bits, axis=-1, count=vocabulary, bitorder="little").view(np.bool_)
+        array = logits.numpy()
+        for row, ruled_out in zip(at, forbidden, strict=True):
+            np.copyto(array[row], -np.inf, where=ruled_out)
+        return
+    rows, packed = to_device(torch.tensor(at), logits.device), to_device(torch.from_numpy(bits), logits.device)
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    allowed = (packed[:, :, None] >> shifts & 1).bool().flatten(1)[:, :vocabulary]
+    logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(~allowed, -torch.inf))
+
+
+def _grammar(guide: Guide) -> str:
+    answer = _answer_grammar(guide)
+    if not isinstance(guide, Composed) or not guide.before:
+        return answer
+    [inner] = json.loads(answer)["grammars"]
+    return json.dumps({"grammars": [{"lark_grammar": guide.before}, {**inner, "name": "answer"}]})
+
+
+def _answer_grammar(guide: Guide) -> str:
+    match guide.kind:
+        case "json_object":
+            return LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=JSON_OPTIONS)  # type: ignore[arg-type]
+        case "json_schema":
+            schema = _parsed(guide)
+            if not isinstance(schema, dict | bool):
+                raise _refusal(guide, "a schema is an object")
+            return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)  # type: ignore[arg-type]
+        case "regex":
+            return LLMatcher.grammar_from_regex(guide.value)
+        case "choice":
+            choices = _parsed(guide)
+            if not isinstance(choices, list) or not choices or not all(isinstance(one, str) for one in choices):
+                raise _refusal(guide, "choices are a list of at least one string")
+            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, choices)))
+        case "grammar":
+            return LLMatcher.grammar_from_lark(guide.value)
+
+
+def _parsed(guide: Guide) -> Any:
+    try:
+        return json.loads(guide.value)
+    except (ValueError, RecursionError) as error:
+        raise _refusal(guide, str(error)) from error
+
+
+def _refusal(guide: Guide, reason: str) -> InvalidRequestError:
+    return InvalidRequestError(f"The {_name(guide)} cannot be used: {_first_line(reason)}", param=_param(guide))
+
+
+def _name(guide: Guide) -> str:
+    if isinstance(guide, Composed):
+        return guide.what
+    return {"json_schema": "JSON schema", "json_object": "JSON object"}.get(guide.kind, guide.kind)
+
+
+def _param(guide: Guide) -> str:
+    """The parameter of a request that an error names: JSON is asked for by OpenAI's, the rest by vLLM's."""
+    if isinstance(guide, Composed):
+        return guide.param
+    return "response_format" if guide.kind in JSON_KINDS else "structured_outputs"
+
+
+def _first_line(message: str) -> str:
+    """What is wrong, without llguidance's dump of its state or its drawing of the place."""
+    head = message.split("\n<state>")[0]
+    lines = [line.strip() for line in head.splitlines()]
+    return " ".join(line for line in lines if line.strip("^ |"))[:300]

@@ -1,0 +1,216 @@
+"""From a worker's options to a running vLLM, or to an error that says what to do. Importing it imports vLLM."""
+
+import os
+
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM reports its use to its makers unless it is told not to
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from huggingface_hub import snapshot_download
+from vllm.config.lora import MaxLoRARanks
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from fastchat_q.choices import LoadOptions, WorkerOptions, flag
+from fastchat_q.errors import ConfigurationError
+
+from ..loading.builtin import BUILTIN_DIRS
+from . import tether as vllm_tether
+from .engine import VllmEngine
+
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
+OURS = {
+    *("revision", "tensor-parallel-size", "max-model-len", "trust-remote-code"),
+    *("model", "served-model-name", "dtype", "max-num-seqs", "enable-log-requests", "enable-lora"),
+}
+"""What this program sets, from its own options."""
+VLLM_NAMES = {"revision": "revision", "num_gpus": "tensor-parallel-size", "max_model_len": "max-model-len"}
+"""Our options of loading -> vLLM's."""
+UNDERSTOOD = {*VLLM_NAMES, "trust_remote_code", "chat_template"}
+ADAPTERS_AT_A_TIME = 8
+"""Those whose weights lie ready on the device, unless --engine-arg max-loras says otherwise; vLLM swaps the rest in."""
+
+
+def build(options: WorkerOptions, name: str, adapters: Mapping[str, str] | None = None) -> VllmEngine:
+    """Starts vLLM's processes and loads the model.
+
+    Args:
+        adapters: the name of a model -> the folder or hub id of the LoRA adapter of this model that it is.
+
+    Raises:
+        ConfigurationError: it cannot be started; the message says why.
+    """
+    _check_device(options.device)
+    arguments = [f"--model={BUILTIN_DIRS.get(options.model, options.model)}", f"--dtype={options.dtype}"]
+    arguments += _load_arguments(options.load)
+    if options.slots is not None:
+        arguments.append(f"--max-num-seqs={options.slots}")
+    loras = {
+        served: LoRARequest(served, number, _adapter_folder(source))
+        for number, (served, source) in enumerate((adapters or {}).items(), 1)
+    }
+    if loras:
+        ready = min(len(loras), ADAPTERS_AT_A_TIME)
+        arguments += ["--enable-lora", f"--max-loras={len(loras) + 1 if _is_cpu() else ready}"]
+        arguments += [f"--max-lora-rank={_rank([lora.lora_path for lora in loras.values()])}"]
+    arguments += engine_arguments(options.engine_arg)
+    args = _parse(arguments)
+    if _is_cpu():
+        _place_threads(args, options.threads)
+    vllm_tether.own()
+    if loras and _is_cpu() and args.max_loras <= len(loras):
+        raise ConfigurationError(
+            f"--engine-arg max-loras={args.max_loras}: on a CPU it must be more than the {len(loras)} adapters."
+        )
+    try:
+        return VllmEngine(name, AsyncLLM.from_engine_args(args), options.load.chat_template, loras)
+    except Exception as error:  # of many kinds: what its configs refuse, and what its processes died of
+        raise ConfigurationError(f"vLLM cannot serve {options.model!r}: {_reason(error)}") from error
+
+
+def _place_threads(args: Any, threads: int | None) -> None:
+    """How many threads compute on a CPU, and in which process.
+
+    vLLM gives the model a process of its own, which the engine's awaits in a busy loop: on few cores that takes time
+    away from what computes. It is there to bind threads to the cores of a memory node, so with one node and one rank
+    the engine's process computes itself.
+    """
+    ranks = args.tensor_parallel_size * args.pipeline_parallel_size * args.data_parallel_size
+    cores = sorted(os.sched_getaffinity(0))
+    if ranks == 1 and args.distributed_executor_backend is None and BIND not in os.environ and _memory_nodes() == 1:
+        args.distributed_executor_backend = UniProcExecutor
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads or max(1, len(cores) - 1)))
+    elif threads is not None:
+        os.environ.setdefault(BIND, ",".join(map(str, cores[:threads])))
+
+
+def _memory_nodes() -> int:
+    try:
+        return sum(path.name[4:].isdigit() for path in Path("/sys/devices/system/node").glob("node*")) or 1
+    except OSError:
+        return 1
+
+
+def engine_arguments(pairs: Iterable[str]) -> list[str]:
+    """``key=value`` pairs as the command line of ``vllm serve`` that says the same; checked against its options.
+
+    Raises:
+        ConfigurationError: not such a pair, or no such option.
+    """
+    known = {
+        word.removeprefix("--"): action
+        for action in _parser()._actions
+        for word in action.option_strings
+        if word.startswith("--")
+    }
+    arguments = []
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        option = key.strip().removeprefix("--").replace("_", "-")
+        action = known.get(option.split(".")[0])
+        if option in OURS:
+            raise ConfigurationError(f"--engine-arg {option}: this program sets it from its own options; see --help.")
+        if action is None:
+            near = get_close_matches(option, known.keys() - OURS, n=3, cutoff=0.6)
+            hint = f"Did you mean {' or '.join(near)}?" if near else "`vllm serve --help=all` lists them."
+            raise ConfigurationError(f"--engine-arg {key}: vLLM's engine has no such option. {hint}")
+        if not isinstance(action, argparse.BooleanOptionalAction):
+            if not equals:
+                raise ConfigurationError(f"--engine-arg {key}: it needs a value, as in {key}=...")
+            arguments.append(f"--{option}={value}")
+        elif value.lower() in ("", "true", "1", "yes"):
+            arguments.append(f"--{option}")
+        elif value.lower() in ("false", "0", "no"):
+            arguments.append(f"--no-{option}")
+        else:
+            raise ConfigurationError(f"--engine-arg {pair}: true or false is wanted.")
+    return arguments
+
+
+def _load_arguments(load: LoadOptions) -> list[str]:
+    """How a checkpoint is to be loaded, in vLLM's words.
+
+    Raises:
+        ConfigurationError: something was asked for that only the transformers engine does.
+    """
+    asked = {field.name for field in fields(load) if getattr(load, field.name) != field.default}
+    if foreign := sorted(asked - UNDERSTOOD):
+        raise ConfigurationError(
+            f"{flag(foreign[0])} is for --engine transformers. vLLM has options of its own for most such things: "
+            "--engine-arg KEY=VALUE."
+        )
+    words = [f"--{VLLM_NAMES[name]}={getattr(load, name)}" for name in VLLM_NAMES if name in asked]
+    return words + (["--trust-remote-code"] if load.trust_remote_code else [])
+
+
+class _Parser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM is not there for the static check
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"--engine-arg: {message}")
+
+
+def _parser() -> Any:
+    return AsyncEngineArgs.add_cli_args(_Parser(add_help=False))
+
+
+def _parse(arguments: Sequence[str]) -> AsyncEngineArgs:
+    args = AsyncEngineArgs.from_cli_args(_parser().parse_args(list(arguments)))
+    args.disable_log_stats = True  # this worker has figures of its own
+    return args
+
+
+def _check_device(device: str) -> None:
+    have = current_platform.device_type
+    if device not in ("auto", have):
+        raise ConfigurationError(f"Device {device!r}: the vLLM that is installed here is built for {have!r}.")
+
+
+def _is_cpu() -> bool:
+    """Where vLLM computes adapters in plain PyTorch: there a request without one takes the weights of the last place.
+
+    (Its index -1 picks them; lora/ops/torch_ops/lora_ops.py of 0.32.) One place more than adapters stays empty: zeros.
+    """
+    return bool(current_platform.device_type == "cpu")
+
+
+def _adapter_folder(source: str) -> str:
+    """Where an adapter lies, downloaded if need be; its pickles are left where they are."""
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        try:
+            path = Path(snapshot_download(source, allow_patterns=["adapter_config.json", "*.safetensors"]))
+        except Exception as error:  # of many kinds: no such name, gated, offline
+            raise ConfigurationError(f"LoRA adapter {source!r} cannot be loaded: {_reason(error)}") from error
+    if not (path / "adapter_model.safetensors").is_file():
+        raise ConfigurationError(f"LoRA adapter {source!r} cannot be loaded: there is no adapter_model.safetensors.")
+    return str(path)
+
+
+def _rank(folders: Iterable[str]) -> int:
+    """The smallest rank that vLLM makes room for which all of these adapters fit into."""
+    ranks = [0]
+    for folder in folders:
+        try:
+            ranks.append(int(json.loads((Path(folder) / "adapter_config.json").read_text())["r"]))
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigurationError(f"{folder!r} is no LoRA adapter: its adapter_config.json: {error!r}") from error
+    offered = sorted(MaxLoRARanks.__args__)
+    fits = [rank for rank in offered if rank >= max(ranks)]
+    if not fits:
+        raise ConfigurationError(f"An adapter has rank {max(ranks)}; vLLM takes up to {offered[-1]}.")
+    return int(fits[0])
+
+
+def _reason(error: BaseException) -> str:
+    """In one line. What a process of vLLM's died of is on stderr only."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines)[:500]
