@@ -5,8 +5,9 @@
 Always: fastchat-q with its transformers engine, ``transformers serve --continuous-batching``, and transformers'
 continuous batching inside of one process, without a server. With a Python that has FastChat: its controller, worker and
 API server. With one that has vLLM and fastchat-q: ``vllm serve``, and fastchat-q with its vllm engine. Each answer has
-64 tokens and is streamed, greedy; each level asks twice as many requests as it has clients. Compare the rows of
-one table with one another, not with another machine's. docs/performance.md says how to make those Pythons.
+64 tokens and is streamed, greedy, and no two prompts are the same; each level asks twice as many requests as it has
+clients. Compare the rows of one table with one another, not with another machine's. docs/performance.md says how to
+make those Pythons.
 """
 
 import argparse
@@ -24,11 +25,12 @@ from pathlib import Path
 import tiny_llama
 import uvloop
 from loadgen import Config, run
+from loadgen.config import SERIAL
 from processes import CLI, answers, free_port, front, machine, models, started, wait
 
 LEVELS = (1, 8, 32, 64)
 TOKENS = 64
-PROMPT = " ".join(f"word{n}" for n in range(20))
+PROMPT = f"{SERIAL} " + " ".join(f"word{n}" for n in range(20))
 NAME = "llama"
 BOOT_S = 400.0
 TRIES = 3
@@ -143,7 +145,7 @@ def _load(served: Served, concurrency: int) -> Figures | None:
             clients,
             requests,
             TOKENS,
-            PROMPT,
+            f"{requests} {clients} {PROMPT}",  # another one each time: nobody is to answer out of a prefix cache
             extra=served.extra,
             peer=True,
             timeout_s=300,

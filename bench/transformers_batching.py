@@ -6,6 +6,7 @@ So many requests are always under way; a new one takes the place of each that en
 import json
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -20,8 +21,12 @@ def main() -> None:
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True)
-    ids = list(prompt["input_ids"]) if not isinstance(prompt, list) else prompt
+
+    def prompt(level: int, serial: int) -> list[int]:
+        message = {"role": "user", "content": f"{level} {serial:08d} {PROMPT}"}
+        made = tokenizer.apply_chat_template([message], add_generation_prompt=True)
+        return list(made["input_ids"]) if not isinstance(made, list) else made
+
     generation = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
     batching = ContinuousBatchingConfig(num_blocks=512, max_batch_tokens=512)
     manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=batching)
@@ -29,20 +34,20 @@ def main() -> None:
     found = {}
     try:
         for level in levels:
-            _run(manager, ids, 2, 1, tokens)
+            _run(manager, prompt, 2, 1, tokens)
             requests = max(8, 2 * level)
             began = time.perf_counter()
-            _run(manager, ids, requests, level, tokens)
+            _run(manager, prompt, requests, level, tokens)
             found[level] = requests * tokens / (time.perf_counter() - began)
     finally:
         manager.stop(block=True)
     print(json.dumps(found))
 
 
-def _run(manager, ids: list[int], requests: int, level: int, tokens: int) -> None:  # type: ignore[no-untyped-def]
+def _run(manager, prompt: Callable[[int, int], list[int]], requests: int, level: int, tokens: int) -> None:  # type: ignore[no-untyped-def]
     sent = 0
     for _ in range(min(level, requests)):
-        manager.add_request(ids, max_new_tokens=tokens)
+        manager.add_request(prompt(requests, sent), max_new_tokens=tokens)
         sent += 1
     ended = 0
     while ended < requests:
@@ -52,7 +57,7 @@ def _run(manager, ids: list[int], requests: int, level: int, tokens: int) -> Non
             assert len(result.generated_tokens) == tokens, len(result.generated_tokens)
             ended += 1
             if sent < requests:
-                manager.add_request(ids, max_new_tokens=tokens)
+                manager.add_request(prompt(requests, sent), max_new_tokens=tokens)
                 sent += 1
 
 

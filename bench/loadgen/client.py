@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from .answers import Answer, ExactAnswer, PeerAnswer, StreamAnswer, WholeAnswer
-from .config import Config, build_request, parse_target
+from .config import SERIAL, Config, build_request, parse_target
 from .cpu import CpuClock
 from .framing import BadAnswerError, Framing
 from .report import Report, Tally
@@ -36,10 +36,16 @@ class Load:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.target = parse_target(config.base_url)
-        self.request = build_request(config, self.target)
+        self._request = build_request(config, self.target)
+        self._numbered = SERIAL.encode() in self._request
         self.tally = Tally()
         self.left = config.requests
         self.clients: set[Client] = set()
+
+    def next_request(self) -> bytes:
+        """Takes one of the requests that are left."""
+        self.left -= 1
+        return self._request.replace(SERIAL.encode(), b"%08d" % self.left) if self._numbered else self._request
 
     async def connect(self) -> "Client":
         """Open a connection. Raises OSError (TimeoutError is one)."""
@@ -80,12 +86,12 @@ class Client(asyncio.Protocol):
         if not self._load.left:
             self.transport.close()
             return
-        self._load.left -= 1
+        request = self._load.next_request()
         self._framing.start()
         self._answer = None
         self._busy = True
         self._sent_at_s = time.perf_counter()
-        self.transport.write(self._load.request)
+        self.transport.write(request)
 
     def data_received(self, data: bytes) -> None:
         now_s = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a run is asked to do, checked, and the bytes of the one request that it sends again and again."""
+"""What a run is asked to do, checked, and the bytes of the request that it sends again and again."""
 
 import ipaddress
 import json
@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+
+SERIAL = "{serial}"
+"""Stands in a prompt for a number of eight digits that is another one for each request: a server that remembers
+prompts has not seen it."""
 
 
 class ConfigError(ValueError):
