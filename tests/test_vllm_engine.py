@@ -270,7 +270,9 @@ def test_a_seed_decides(driver: Driver) -> None:
         (Guide(kind="choice", value='["north", "south"]'), "north|south"),
         (
             Guide(
-                kind="json_schema", value='{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}'
+                kind="json_schema",
+                value='{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], '
+                '"additionalProperties": false}',
             ),
             r'\{\s*"a"\s*:\s*[12]\s*\}',
         ),
@@ -294,7 +296,7 @@ def test_an_adapter_is_a_model_and_never_mixes_with_its_base_or_with_another(
             expected[name] = generated(reference, LONG, 24)
     assert len(set(expected.values())) == 3
     assert [card.name for card in driver.engine.cards] == list(expected)
-    assert [card.base for card in driver.engine.cards] == ["", "tiny", "tiny"]
+    assert [card.base for card in driver.engine.cards] == [None, "tiny", "tiny"]
     asked = [*expected, *reversed(expected), *expected]
     answers = driver.run(*[asks(f"l{n}", model=name) for n, name in enumerate(asked)])
     assert [answer.ids for answer in answers] == [expected[name] for name in asked]
@@ -487,7 +489,9 @@ def test_a_worker_serves_a_model_and_its_adapters_over_http(
 
 def vllm_processes(process: Any) -> list[Any]:
     """Those below a process; they name themselves."""
-    return [child for child in process.children(recursive=True) if "VLLM::" in "".join(child.cmdline())]
+    return [
+        child for child in process.children(recursive=True) if _runs(child) and "VLLM::" in "".join(child.cmdline())
+    ]
 
 
 def _runs(process: Any) -> bool:

@@ -23,12 +23,12 @@ TINY = Path(__file__).parent.parent / "workers/engines/tiny/model"
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A small LLaVA with its processor, as transformers has it."""
+    """A small Idefics 3 with its processor, as transformers has it."""
     from transformers import AutoTokenizer
 
     from .engines.vision_models import seeing
 
-    return seeing("llava", AutoTokenizer.from_pretrained(TINY))
+    return seeing("idefics3", AutoTokenizer.from_pretrained(TINY))
 
 
 @pytest.fixture(scope="module")

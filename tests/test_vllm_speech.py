@@ -37,7 +37,7 @@ Said = tuple[str, str, list[tuple[str, str]]]
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[Driver]:
     """The built-in model, which knows tools."""
-    with running(replace(OPTIONS, engine_arg=EAGER)) as driver:
+    with running(replace(OPTIONS, model="tiny", load=replace(LOAD, max_model_len=1024), engine_arg=EAGER)) as driver:
         yield driver
 
 
@@ -137,7 +137,7 @@ def test_a_call_that_must_come_is_valid_whatever_is_asked(tiny: Driver) -> None:
             job_fields={"tool_choice": "required", "parallel_tool_calls": seed % 2 == 0},
             temperature=1.0,
             seed=seed,
-            max_tokens=400,
+            max_tokens=800,
         )
         for seed in range(12)
     ]
@@ -228,14 +228,19 @@ def test_stop_strings_end_an_answer_that_is_parsed(talking: Driver) -> None:
     [
         Guide(kind="regex", value="[0-9]{3}/[ab]"),
         Guide(kind="choice", value='["north", "south"]'),
-        Guide(kind="json_schema", value='{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}'),
+        Guide(
+            kind="json_schema",
+            value='{"properties": {"a": {"enum": [1, 2]}}, "required": ["a"], '
+            '"type": "object", "additionalProperties": false}',
+        ),
         Guide(kind="grammar", value='start: "yes" | no\nno: "no"'),
     ],
     ids=lambda guide: guide.kind,
 )
 def test_a_guide_begins_behind_the_reasoning(talking: Driver, guide: Guide) -> None:
     job = says(f"guided {guide.kind}", "<think>")  # the prompt begins the reasoning
-    [answer] = talking.run(job.model_copy(update={"sampling": job.sampling.model_copy(update={"guide": guide})}))
+    fields = {"guide": guide, "max_tokens": 100}
+    [answer] = talking.run(job.model_copy(update={"sampling": job.sampling.model_copy(update=fields)}))
     text, reasoning, _ = said(answer.pieces)
     assert answer.finish_reason == "stop"
     assert reasoning == "Well, let me see."

@@ -30,7 +30,8 @@ class VllmText(Detokenizer):
         if token_id in self._silent:
             return ""
         self._text.update([token_id], False)
-        return self._text.get_next_output_text(False, True)
+        text: str = self._text.get_next_output_text(False, True)
+        return text
 
     def flush(self) -> str:
         """Nothing: vLLM leaves an incomplete character out."""
