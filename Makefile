@@ -39,7 +39,7 @@ test-servers: setup-dev ## what depends on the server, against each of the other
 	done
 
 test-vllm: setup-vllm ## the tests of the vllm worker, which the others skip (docs/workers/vllm.md)
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -W default tests/test_vllm_engine.py $(ARGS)
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -W default tests/test_vllm_*.py $(ARGS)
 
 chaos: setup-dev ## faults of every kind for MINUTES=3, from SEED=... (docs/reliability.md)
 	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) --minutes $(MINUTES) $(ARGS)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from fastchat_q.workers.engines.batching.sampling import Sampler
-from fastchat_q.workers.engines.batching.sequence import Language, Sequence
 from fastchat_q.workers.engines.loading.builtin import BUILTIN_DIRS
+from fastchat_q.workers.engines.processing.sequence import Language, Sequence
 from fastchat_q.workers.engines.processing.structured import Guides
 from fastchat_q.workers.engines.processing.text import TokenTexts
 from transformers import AutoTokenizer, PreTrainedTokenizerBase

@@ -1,50 +1,52 @@
 """The vLLM engine, with a real vLLM: `make test-vllm` runs these in an environment of its own."""
 
 import importlib.util
-import json
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from fastchat_q.workers.engines.base import Request
 
-from fastchat_q.choices import LoadOptions, WorkerOptions
 from fastchat_q.errors import ConfigurationError, ContextLengthError, InvalidRequestError
 from fastchat_q.events import Piece
-from fastchat_q.jobs import Guide, Job, Sampling
+from fastchat_q.jobs import Guide, Sampling
 
-from .engines.driving import Answer, Driver, job
+from .engines.driving import Driver
 from .servers import wait_until
 from .stack import Stack
+from .vllm_driving import (
+    CONTEXT,
+    EAGER,
+    LONG,
+    OPTIONS,
+    SLOW,
+    STARTUP_S,
+    asks,
+    environment,
+    llama,
+    lora,
+    merged,
+    needs_vllm,
+    resumed,
+    running,
+)
 
-HAS_VLLM = importlib.util.find_spec("vllm") is not None
-needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed here: make test-vllm")
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]  # vLLM starts slowly, and warns
-
-CONTEXT = 512
-STARTUP_S = 400.0
-LONG = " ".join(f"word{n}" for n in range(20))
-OPTIONS = WorkerOptions("", "tiny", "vllm", 16, "auto", "float32", None, 0.0, LoadOptions(max_model_len=CONTEXT))
-EAGER = ("enforce-eager=true",)
-"""Without compilation, which takes a minute and changes the order of sums."""
+pytestmark = SLOW
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama of the benchmarks."""
-    make = runpy.run_path(str(Path(__file__).parent.parent / "bench" / "tiny_llama.py"))["make"]
-    folder = make(tmp_path_factory.mktemp("models") / "tiny-llama")
-    assert isinstance(folder, Path)
-    return folder
+    return llama(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(scope="module")
@@ -58,51 +60,24 @@ def reference(model: Path) -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def adapter(reference: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA adapter of the model, of rank 8, that changes a lot."""
-    import torch
-    from safetensors.torch import save_file
-
-    folder = tmp_path_factory.mktemp("adapter")
-    generator = torch.Generator().manual_seed(1)
-    tensors = {}
-    for layer in range(reference[0].config.num_hidden_layers):
-        weight = reference[0].model.layers[layer].self_attn.q_proj.weight
-        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-        tensors[f"{name}.lora_A.weight"] = torch.randn(8, weight.shape[1], generator=generator) * 0.2
-        tensors[f"{name}.lora_B.weight"] = torch.randn(weight.shape[0], 8, generator=generator) * 0.2
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+def adapters(reference: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two LoRA adapters of the model."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return {name: lora(reference[0], folder / name, seed) for seed, name in enumerate(("tiny-one", "tiny-two"))}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def vllm_environment() -> Iterator[None]:
-    """vLLM reads its settings from the environment, and hands it on to its processes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+    with environment():
         yield
 
 
 @pytest.fixture(scope="module")
-def driver(model: Path, adapter: Path, vllm_environment: None) -> Iterator[Driver]:
-    """One engine for all tests: it starts within a minute or so."""
-    from fastchat_q.workers.engines.vllm import setup as vllm_setup
-
+def driver(model: Path, adapters: dict[str, Path]) -> Iterator[Driver]:
+    """One engine for all tests."""
     options = replace(OPTIONS, model=str(model), engine_arg=EAGER)
-    driver = Driver(vllm_setup.build(options, "tiny", {"tiny-adapted": str(adapter)}))
-    yield driver
-    driver.engine.stop()
-    assert driver.engine.failure is None
-
-
-def asks(job_id: str, text: str = LONG, *, model: str = "tiny", **fields: Any) -> Job:
-    """A greedy job of 24 tokens, unless the fields of its sampling say otherwise."""
-    sampling = Sampling(**{"max_tokens": 24, "temperature": 0.0, "ignore_eos": True, **fields})
-    return job(job_id, text).model_copy(update={"model": model, "sampling": sampling})
+    with running(options, {name: str(folder) for name, folder in adapters.items()}) as driver:
+        yield driver
 
 
 def generated(reference: tuple[Any, Any], text: str, tokens: int) -> tuple[int, ...]:
@@ -112,14 +87,6 @@ def generated(reference: tuple[Any, Any], text: str, tokens: int) -> tuple[int, 
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     made = model.generate(**prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     return tuple(made[0, prompt["input_ids"].shape[1] :].tolist())
-
-
-def resumed(driver: Driver, one: Job, prior: Sequence[Piece]) -> Answer:
-    """The rest of an answer that was cut off."""
-    driver._answers[one.id] = Answer()
-    driver.engine.submit(Request(one, one.id, tuple(prior)))
-    [answer] = driver.wait(one.id)
-    return answer
 
 
 @needs_vllm
@@ -303,7 +270,9 @@ def test_a_seed_decides(driver: Driver) -> None:
         (Guide(kind="choice", value='["north", "south"]'), "north|south"),
         (
             Guide(
-                kind="json_schema", value='{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}'
+                kind="json_schema",
+                value='{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], '
+                '"additionalProperties": false}',
             ),
             r'\{\s*"a"\s*:\s*[12]\s*\}',
         ),
@@ -318,29 +287,69 @@ def test_a_guide_is_followed(driver: Driver, guide: Guide, pattern: str) -> None
 
 
 @needs_vllm
-def test_an_adapter_is_a_model_and_never_mixes_with_its_base(
-    driver: Driver, reference: tuple[Any, Any], adapter: Path
+def test_an_adapter_is_a_model_and_never_mixes_with_its_base_or_with_another(
+    driver: Driver, reference: tuple[Any, Any], adapters: dict[str, Path]
 ) -> None:
-    import torch
-    from safetensors.torch import load_file
-
-    plain = generated(reference, LONG, 24)
-    tensors, originals = load_file(adapter / "adapter_model.safetensors"), []
-    with torch.no_grad():
-        for layer, block in enumerate(reference[0].model.layers):
-            name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-            weight = block.self_attn.q_proj.weight
-            originals.append(weight.clone())
-            weight += 2.0 * tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
-    adapted = generated(reference, LONG, 24)
-    with torch.no_grad():
-        for block, original in zip(reference[0].model.layers, originals, strict=True):
-            block.self_attn.q_proj.weight.copy_(original)
-    assert plain != adapted
-    answers = driver.run(*[asks(f"l{n}", model="tiny-adapted" if n % 2 else "tiny") for n in range(6)])
-    assert [answer.ids for answer in answers] == [plain, adapted] * 3
+    expected = {"tiny": generated(reference, LONG, 24)}
+    for name, folder in adapters.items():
+        with merged(reference[0], folder):
+            expected[name] = generated(reference, LONG, 24)
+    assert len(set(expected.values())) == 3
+    assert [card.name for card in driver.engine.cards] == list(expected)
+    assert [card.base for card in driver.engine.cards] == [None, "tiny", "tiny"]
+    asked = [*expected, *reversed(expected), *expected]
+    answers = driver.run(*[asks(f"l{n}", model=name) for n, name in enumerate(asked)])
+    assert [answer.ids for answer in answers] == [expected[name] for name in asked]
     [base] = driver.run(asks("base"))
-    assert base.ids == plain
+    assert base.ids == expected["tiny"]
+
+
+@needs_vllm
+def test_an_adapters_answer_is_resumed_with_the_adapter(driver: Driver) -> None:
+    [whole] = driver.run(asks("whole adapted", model="tiny-two"))
+    rest = resumed(driver, asks("rest adapted", model="tiny-two"), whole.pieces[:9])
+    assert rest.ids == whole.ids[9:]
+
+
+@needs_vllm
+def test_an_unknown_adapter_is_refused_and_not_taken_for_the_base(driver: Driver) -> None:
+    [answer] = driver.run(asks("unknown", model="tiny-three"))
+    assert answer.ended is not None
+    assert isinstance(answer.ended.error, InvalidRequestError)
+    assert "tiny-three" in str(answer.ended.error)
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("spoilt", "said"),
+    [
+        ("adapter_model.safetensors", "there is no adapter_model.safetensors"),
+        ("adapter_config.json", "no LoRA adapter"),
+    ],
+)
+def test_an_adapter_of_which_a_file_is_missing_keeps_the_engine_from_starting(
+    model: Path, reference: tuple[Any, Any], vllm_environment: None, tmp_path: Path, spoilt: str, said: str
+) -> None:
+    from fastchat_q.workers.engines.vllm import setup as vllm_setup
+
+    (lora(reference[0], tmp_path / "spoilt", 1) / spoilt).unlink()
+    with pytest.raises(ConfigurationError, match=said):
+        vllm_setup.build(replace(OPTIONS, model=str(model)), "tiny", {"mine": str(tmp_path / "spoilt")})
+
+
+@needs_vllm
+def test_an_adapter_that_does_not_fit_the_model_ends_the_engine_with_a_reason(
+    model: Path, reference: tuple[Any, Any], vllm_environment: None, tmp_path: Path
+) -> None:
+    from fastchat_q.workers.engines.vllm import setup as vllm_setup
+
+    folder = lora(reference[0], tmp_path / "wide", 1, width=300)
+    engine = vllm_setup.build(replace(OPTIONS, model=str(model), engine_arg=EAGER), "tiny", {"wide": str(folder)})
+    died = threading.Event()
+    engine.start(lambda outputs: None, died.set)
+    assert died.wait(60)
+    engine.stop()
+    assert "'wide'" in str(engine.failure)
 
 
 @needs_vllm
@@ -358,8 +367,11 @@ def test_every_field_of_a_sampling_reaches_vllm() -> None:
     for name in ("repetition_penalty", "logit_bias", "ignore_eos", "min_tokens"):
         assert getattr(made, name) == getattr(given, name), name
     assert (made.stop, made.stop_token_ids, made.max_tokens) == (["x"], [4], 100)
-    assert made.structured_outputs is not None
-    assert made.structured_outputs.regex == "a"
+    assert made.detokenize
+    guided = sampling_params(given, 0, 100, 0, 'start: "a"', text=False)
+    assert guided.structured_outputs is not None
+    assert guided.structured_outputs.grammar == 'start: "a"'
+    assert (guided.detokenize, guided.stop) == (False, [])
     assert sampling_params(given, 0, 100, 30).max_tokens == 70
     assert sampling_params(given, 0, 100, 30).seed != made.seed != sampling_params(given, 1, 100, 0).seed
 
@@ -371,6 +383,7 @@ def test_every_field_of_a_sampling_reaches_vllm() -> None:
         ("max-num-batched-token=5", "Did you mean max-num-batched-tokens"),
         ("colour=red", "has no such option"),
         ("max-num-seqs=4", "from its own options"),
+        ("structured-outputs-config.backend=xgrammar", "from its own options"),
         ("enforce-eager=perhaps", "true or false"),
         ("block-size", "needs a value"),
         ("block-size=many", "--engine-arg: argument --block-size"),
@@ -451,16 +464,41 @@ def test_a_stream_goes_on_when_its_workers_process_is_killed_and_nothing_of_vllm
     assert worker.stop() == 0
 
 
+@needs_vllm
+def test_a_worker_serves_a_model_and_its_adapters_over_http(
+    stack: Stack, model: Path, adapters: dict[str, Path], vllm_environment: None
+) -> None:
+    flags = ["--engine", "vllm", "--model", str(model), "--name", "tiny", "--dtype", "float32"]
+    flags += ["--max-model-len", str(CONTEXT), *(f"--engine-arg={pair}" for pair in EAGER)]
+    flags += [f"--lora={name}={folder}" for name, folder in adapters.items()]
+    worker = stack.start("worker", "worker", "--no-supervise", *flags)
+    wait_until(lambda: not worker.alive or stack.registered(worker.pid), "the worker serves", STARTUP_S)
+    assert worker.alive, worker.output()
+    with stack.client() as client:
+        assert {one.id for one in client.models.list()} == {"tiny", *adapters}
+        request: dict[str, Any] = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 16, "temperature": 0}
+        said = {
+            name: client.chat.completions.create(model=name, **request).choices[0].message.content
+            for name in ("tiny", *adapters)
+        }
+        assert len(set(said.values())) == 3
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model="tiny-three", **request)
+    assert worker.stop() == 0
+
+
 def vllm_processes(process: Any) -> list[Any]:
     """Those below a process; they name themselves."""
-    return [child for child in process.children(recursive=True) if "VLLM::" in "".join(child.cmdline())]
+    return [
+        child for child in process.children(recursive=True) if _runs(child) and "VLLM::" in "".join(child.cmdline())
+    ]
 
 
 def _runs(process: Any) -> bool:
     return bool(process.is_running() and process.status() != "zombie")
 
 
-@pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed here")
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
 def test_without_vllm_the_error_says_where_to_read_how_to_install_it() -> None:
     command = [sys.executable, "-m", "fastchat_q.cli", "worker", "--no-supervise", "--engine", "vllm"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

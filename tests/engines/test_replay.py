@@ -2,7 +2,7 @@
 
 import pytest
 from fastchat_q.workers.engines.base import CannotResumeError
-from fastchat_q.workers.engines.forwarding.replay import Replay
+from fastchat_q.workers.engines.processing.replay import Replay
 
 from fastchat_q.events import Alternative, Piece, TokenLogprob, ToolCallDelta
 

@@ -15,7 +15,7 @@ from fastchat_q.workers.engines.batching.sampling import (
     _edit,
     uniform,
 )
-from fastchat_q.workers.engines.batching.sequence import Picked, Sequence
+from fastchat_q.workers.engines.processing.sequence import Picked, Sequence
 from fastchat_q.workers.engines.processing.text import TokenTexts
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from fastchat_q.workers.engines.base import Output
-from fastchat_q.workers.engines.batching.sequence import Language, Picked, Sequence
+from fastchat_q.workers.engines.processing.sequence import Language, Picked, Sequence
 from fastchat_q.workers.parsing import Parts
 from transformers import PreTrainedTokenizerBase
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from fastchat_q.workers.engines.base import Request
 from fastchat_q.workers.engines.batching.intake import Intake
-from fastchat_q.workers.engines.batching.sequence import Picked
 from fastchat_q.workers.engines.loading.model import Loaded, load
+from fastchat_q.workers.engines.processing.sequence import Picked
 from fastchat_q.workers.engines.processing.speech import Speech, format_for
 from fastchat_q.workers.engines.tiny.dialogues import TOOLS
 from fastchat_q.workers.parsing import format_of

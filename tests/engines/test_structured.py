@@ -11,8 +11,8 @@ import torch
 from fastchat_q.workers.engines.base import Request
 from fastchat_q.workers.engines.batching.engine import TransformersEngine
 from fastchat_q.workers.engines.batching.sampling import Sampler
-from fastchat_q.workers.engines.batching.sequence import Language, Picked, Sequence
 from fastchat_q.workers.engines.loading.model import Loaded
+from fastchat_q.workers.engines.processing.sequence import Language, Picked, Sequence
 from fastchat_q.workers.engines.processing.structured import CACHED_GRAMMARS, Guides
 from fastchat_q.workers.engines.processing.text import TokenTexts
 from transformers import PreTrainedTokenizerBase

@@ -11,8 +11,8 @@ from fastchat_q.registry import ModelCard
 
 from .base import Ended, Engine, Output, Request
 from .batching.intake import Choice, Intake
-from .batching.sequence import Picked
 from .loading.model import Loaded
+from .processing.sequence import Picked
 from .trouble import job_error
 
 

@@ -15,6 +15,7 @@ from fastchat_q.registry import ModelCard
 
 from ..base import Ended, Engine, Output, Request
 from ..loading.model import Loaded
+from ..processing.sequence import Picked
 from ..trouble import job_error
 from .choose import NoWayError, choose_way, default_kv_bytes
 from .generate import GenerateEngine
@@ -23,7 +24,6 @@ from .lora import Adapters
 from .passes import Model, Part, Row
 from .sampling import Sampler
 from .scheduler import Run, Scheduler
-from .sequence import Picked
 
 log = structlog.get_logger()
 

@@ -11,10 +11,10 @@ from ..base import Ended, Output, Request
 from ..loading.model import Loaded
 from ..processing.rendering import Renderer, token_limit
 from ..processing.rules import ModelRules
+from ..processing.sequence import Language, Picked, Sequence
 from ..processing.speech import Speech
 from ..processing.structured import Guides
 from ..processing.text import TokenTexts
-from .sequence import Language, Picked, Sequence
 
 COMPILING_S = 0.005
 """How often an engine looks whether a grammar is compiled, when nothing else is to be done."""

@@ -22,11 +22,11 @@ from torch.nn import functional
 from fastchat_q.events import Alternative, TokenLogprob
 from fastchat_q.jobs import MAX_TOP_LOGPROBS, Sampling
 
+from ..processing.penalties import edit
+from ..processing.sequence import Picked, Sequence
 from ..processing.structured import mask
 from ..processing.text import TokenTexts
 from ..tensors import to_device
-from .penalties import edit
-from .sequence import Picked, Sequence
 
 CANDIDATES = 128
 """top_k, top_p and min_p look at this many tokens first; only a row that keeps more pays for a longer look."""

@@ -24,7 +24,7 @@ from fastchat_q.registry import ModelCard
 
 from ..async_engine import AsyncEngine, Give
 from ..base import UPSTREAM_BUSY, CannotResumeError, Ended, Request
-from .replay import Replay
+from ..processing.replay import Replay
 
 log = structlog.get_logger()
 

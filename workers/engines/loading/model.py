@@ -21,7 +21,7 @@ from fastchat_q.jobs import Kind
 from fastchat_q.sizes import in_words
 
 from ..processing.rendering import give_template, stop_ids
-from ..processing.speech import format_for
+from ..processing.speech import written_by
 from ..processing.vision import Sight, sight_of
 from ..trouble import is_out_of_memory
 from . import hub
@@ -110,18 +110,9 @@ def load(
     _warn_of_ignored_settings(source, model)
     length = context_length(model.config, options.max_model_len)
     eos_ids = _eos_ids(model, tokenizer) | (stop_ids(tokenizer, chat) if chat is not None else frozenset())
-    written, inputs_to = _format(options, chat), _input_device(model, placement)
+    written, inputs_to = written_by(options, chat), _input_device(model, placement)
     sight = sight_of(processor, tokenizer.chat_template, model, inputs_to)
     return Loaded(model, tokenizer, inputs_to, length, eos_ids, chat, adapter, written, sight)
-
-
-def _format(options: LoadOptions, chat: Choice | None) -> Format:
-    """What was asked for, else what the model's family does."""
-    family = chat.family if chat is not None else None
-    calls = options.tool_call_parser or (family.tool_parser if family is not None else None)
-    reasoning = options.reasoning_parser or (family.reasoning_parser if family is not None else None)
-    found = format_of(calls, reasoning)
-    return format_for(found, chat.template) if chat is not None else found
 
 
 @dataclass(frozen=True, slots=True)

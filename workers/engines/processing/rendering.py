@@ -72,19 +72,21 @@ class Renderer:
         choice: Choice | None = None,
         adapter: object | None = None,
         sight: Sight | None = None,
+        sees: bool = False,
     ) -> None:
         """
         Args:
             vocabulary: the model's number of tokens.
             choice: what `give_template` set; None: the tokenizer's own template.
             sight: for messages with images.
+            sees: the images of `prompt` are prepared elsewhere.
         """
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._adapter = adapter if isinstance(adapter, Templates) else None
         bundled = self._adapter is not None or (choice is not None and choice.origin == "row")
         self._sight = sight
-        self._in_parts = sight is not None and self._reads_parts_only()
+        self._in_parts = (sees or sight is not None) and self._reads_parts_only()
         self._start = _start_ids(tokenizer) if bundled else []
         self.stop: tuple[str, ...] = choice.family.stop if choice is not None and choice.origin != "model" else ()
         """Texts that end an answer, beside the job's own."""
@@ -180,11 +182,14 @@ class Renderer:
         tools: list[dict[str, Any]] | None,
         options: dict[str, Any],
     ) -> list[int]:
-        mark: Any = self._tokenizer._mark_chat_inputs  # private, and what apply_chat_template itself calls
-        [messages], tools, _, options = mark("", [messages], tools, None, options, True, False)
+        # private, and what apply_chat_template itself calls; not there before transformers 5.20
+        mark: Any = getattr(self._tokenizer, "_mark_chat_inputs", None)
+        if mark is not None:
+            [messages], tools, _, options = mark("", [messages], tools, None, options, True, False)
         text = adapter.template(messages, tools=tools, **options)
         call: Any = self._tokenizer
-        ids: list[int] = call(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
+        sanitized = {} if mark is None else {"sanitize_control_tokens": True}
+        ids: list[int] = call(text, add_special_tokens=False, **sanitized)["input_ids"]
         return ids
 
     def _apply(

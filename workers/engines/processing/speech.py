@@ -4,11 +4,13 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 
-from fastchat_q.workers.parsing import Answer, Format, Parser
+from fastchat_q.workers.families import Choice
+from fastchat_q.workers.parsing import Answer, Format, Parser, format_of
 from fastchat_q.workers.parsing.lark import Function
 from fastchat_q.workers.parsing.thinking import Thinking
 from transformers import PreTrainedTokenizerBase
 
+from fastchat_q.choices import LoadOptions
 from fastchat_q.jobs import Job, Sampling
 
 from .rendering import CONTINUE
@@ -30,13 +32,14 @@ class Speech:
         special = {number for number, token in added.items() if token.special} | set(tokenizer.all_special_ids)
         marks = written.marks
         kept = {number for text, number in self._tokens.items() if any(text in mark for mark in marks)}
-        self._silent = frozenset(special - kept)
+        self.silent = frozenset(special - kept)
+        """Special tokens that are no marks: nobody is to see them."""
         self.sees_marks = bool(special & kept)
         """Whether marks are special tokens, which plain decoding leaves out."""
 
     def decode(self, ids: list[int]) -> str:
         """Text with the marks in it, and without the other special tokens."""
-        text = self._tokenizer.decode([token for token in ids if token not in self._silent], skip_special_tokens=False)
+        text = self._tokenizer.decode([token for token in ids if token not in self.silent], skip_special_tokens=False)
         assert isinstance(text, str)
         return text
 
@@ -89,6 +92,19 @@ class Speech:
             return "".join(ID_LETTERS[byte % len(ID_LETTERS)] for byte in digest.digest()[:9])
 
         return call_id
+
+
+def written_by(options: LoadOptions, chat: Choice | None) -> Format:
+    """How a model writes calls and reasoning: what was asked for, else what its family does.
+
+    Raises:
+        ConfigurationError: there is no such parser.
+    """
+    family = chat.family if chat is not None else None
+    calls = options.tool_call_parser or (family.tool_parser if family is not None else None)
+    reasoning = options.reasoning_parser or (family.reasoning_parser if family is not None else None)
+    found = format_of(calls, reasoning)
+    return format_for(found, chat.template) if chat is not None else found
 
 
 def format_for(written: Format, template: object) -> Format:

@@ -5,6 +5,7 @@ own while their row waits; a mask is a row of bits that `mask` applies to the lo
 """
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer, regex_to_lark
 from llguidance.hf import from_tokenizer
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -28,6 +29,9 @@ JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x09]{0,12}", "lenient": False}
 """Enough white space for a pretty answer, and an end to it: a weak model would go on with blanks for ever. A keyword
 that cannot be held to is refused, never ignored."""
 JSON_KINDS = ("json_object", "json_schema")
+IN_A_GRAMMAR = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
+ANSWER = "@answer"
+"""In a grammar of what comes first: the rest."""
 
 
 class Composed(Guide):
@@ -87,7 +91,7 @@ class Guides:
             raise _refusal(guide, f"{type(error).__name__}: {error}") from error
 
     def _matcher(self, guide: Guide) -> LLMatcher:
-        matcher = LLMatcher(self._vocabulary_tree, _grammar(guide), log_level=0)
+        matcher = LLMatcher(self._vocabulary_tree, LLMatcher.grammar_from_lark(lark(guide)), log_level=0)
         if not matcher.is_error():
             matcher.compute_bitmask()  # builds the first states of the lexer here, not within a step
         if matcher.is_error():
@@ -146,32 +150,58 @@ def mask(logits: torch.Tensor, at: Sequence[int], bits: NDArray[np.uint8]) -> No
     logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(~allowed, -torch.inf))
 
 
-def _grammar(guide: Guide) -> str:
-    answer = _answer_grammar(guide)
-    if not isinstance(guide, Composed) or not guide.before:
-        return answer
-    [inner] = json.loads(answer)["grammars"]
-    return json.dumps({"grammars": [{"lark_grammar": guide.before}, {**inner, "name": "answer"}]})
+def check(guide: Guide) -> str:
+    """The same grammar as `lark`, once it is known that llguidance takes it; for engines that follow it elsewhere.
+
+    Raises:
+        InvalidRequestError: it is none.
+    """
+    try:
+        grammar = lark(guide)
+        reason = LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(grammar))
+    except InvalidRequestError:
+        raise
+    except BaseException as error:  # a panic of llguidance is no Exception
+        raise _refusal(guide, f"{type(error).__name__}: {error}") from error
+    if reason:
+        raise _refusal(guide, reason)
+    return grammar
 
 
-def _answer_grammar(guide: Guide) -> str:
+def lark(guide: Guide) -> str:
+    """A guide as one Lark grammar, the form that every engine with llguidance in it takes.
+
+    Raises:
+        InvalidRequestError: it is none.
+    """
+    before = guide.before if isinstance(guide, Composed) else ""
+    if not before:
+        return guide.value if guide.kind == "grammar" else f"start: {_expression(guide)}\n"
+    return before.replace(ANSWER, _expression(guide), 1)
+
+
+def _expression(guide: Guide) -> str:
     match guide.kind:
         case "json_object":
-            return LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=JSON_OPTIONS)  # type: ignore[arg-type]
+            return _json({"type": "object"})
         case "json_schema":
             schema = _parsed(guide)
             if not isinstance(schema, dict | bool):
                 raise _refusal(guide, "a schema is an object")
-            return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)  # type: ignore[arg-type]
+            return _json(schema if isinstance(schema, dict) else {} if schema else {"not": {}})
         case "regex":
-            return LLMatcher.grammar_from_regex(guide.value)
+            return f"/{regex_to_lark(guide.value)}/" if guide.value else '""'
         case "choice":
             choices = _parsed(guide)
             if not isinstance(choices, list) or not choices or not all(isinstance(one, str) for one in choices):
                 raise _refusal(guide, "choices are a list of at least one string")
-            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, choices)))
+            return "(" + " | ".join(map(json.dumps, choices)) + ")"
         case "grammar":
-            return LLMatcher.grammar_from_lark(guide.value)
+            return f"%lark {{\n{guide.value}\n}}"
+
+
+def _json(schema: dict[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": JSON_OPTIONS})
 
 
 def _parsed(guide: Guide) -> Any:
@@ -182,6 +212,8 @@ def _parsed(guide: Guide) -> Any:
 
 
 def _refusal(guide: Guide, reason: str) -> InvalidRequestError:
+    if guide.kind in JSON_KINDS:  # of a grammar that its sender has not written
+        reason = IN_A_GRAMMAR.sub("", reason, 1).split("\n")[0]
     return InvalidRequestError(f"The {_name(guide)} cannot be used: {_first_line(reason)}", param=_param(guide))
 
 

@@ -5,17 +5,14 @@ import os
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM reports its use to its makers unless it is told not to
 
 import argparse
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from huggingface_hub import snapshot_download
-from vllm.config.lora import MaxLoRARanks
+from fastchat_q.workers.parsing import format_of
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -24,21 +21,28 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from fastchat_q.choices import LoadOptions, WorkerOptions, flag
 from fastchat_q.errors import ConfigurationError
 
+from ..base import STOP_S
 from ..loading.builtin import BUILTIN_DIRS
+from . import lora as vllm_lora
 from . import tether as vllm_tether
 from .engine import VllmEngine
+from .lora import in_a_line, is_cpu
 
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
 OURS = {
     *("revision", "tensor-parallel-size", "max-model-len", "trust-remote-code"),
     *("model", "served-model-name", "dtype", "max-num-seqs", "enable-log-requests", "enable-lora"),
+    *("structured-outputs-config", "reasoning-parser", "reasoning-parser-plugin"),
 }
 """What this program sets, from its own options."""
+ALWAYS = ("--structured-outputs-config.backend=guidance",)
+"""Grammars are llguidance's, as in the transformers engine (docs/decisions/0011): vLLM's own choice would be xgrammar
+for those that it can read, and one process has one backend."""
+DEFAULTS = {"tokenizer-mode": "hf"}
+"""Unless --engine-arg says otherwise: prompts are rendered here, by transformers' tokenizer."""
 VLLM_NAMES = {"revision": "revision", "num_gpus": "tensor-parallel-size", "max_model_len": "max-model-len"}
 """Our options of loading -> vLLM's."""
-UNDERSTOOD = {*VLLM_NAMES, "trust_remote_code", "chat_template"}
-ADAPTERS_AT_A_TIME = 8
-"""Those whose weights lie ready on the device, unless --engine-arg max-loras says otherwise; vLLM swaps the rest in."""
+UNDERSTOOD = {*VLLM_NAMES, "trust_remote_code", "chat_template", "tool_call_parser", "reasoning_parser"}
 
 
 def build(options: WorkerOptions, name: str, adapters: Mapping[str, str] | None = None) -> VllmEngine:
@@ -51,31 +55,30 @@ def build(options: WorkerOptions, name: str, adapters: Mapping[str, str] | None 
         ConfigurationError: it cannot be started; the message says why.
     """
     _check_device(options.device)
+    format_of(options.load.tool_call_parser, options.load.reasoning_parser)  # a wrong name is told before all else
     arguments = [f"--model={BUILTIN_DIRS.get(options.model, options.model)}", f"--dtype={options.dtype}"]
     arguments += _load_arguments(options.load)
     if options.slots is not None:
         arguments.append(f"--max-num-seqs={options.slots}")
-    loras = {
-        served: LoRARequest(served, number, _adapter_folder(source))
-        for number, (served, source) in enumerate((adapters or {}).items(), 1)
-    }
-    if loras:
-        ready = min(len(loras), ADAPTERS_AT_A_TIME)
-        arguments += ["--enable-lora", f"--max-loras={len(loras) + 1 if _is_cpu() else ready}"]
-        arguments += [f"--max-lora-rank={_rank([lora.lora_path for lora in loras.values()])}"]
-    arguments += engine_arguments(options.engine_arg)
-    args = _parse(arguments)
-    if _is_cpu():
+    loras = vllm_lora.requests(adapters or {})
+    arguments += vllm_lora.arguments(loras)
+    given = engine_arguments(options.engine_arg)
+    named = {word.removeprefix("--").partition("=")[0] for word in given}
+    arguments += [*ALWAYS, *(f"--{option}={value}" for option, value in DEFAULTS.items() if option not in named)]
+    args = _parse(arguments + given)
+    if is_cpu():
         _place_threads(args, options.threads)
     vllm_tether.own()
-    if loras and _is_cpu() and args.max_loras <= len(loras):
-        raise ConfigurationError(
-            f"--engine-arg max-loras={args.max_loras}: on a CPU it must be more than the {len(loras)} adapters."
-        )
+    vllm_lora.check(args.max_loras, loras)
     try:
-        return VllmEngine(name, AsyncLLM.from_engine_args(args), options.load.chat_template, loras)
+        llm = AsyncLLM.from_engine_args(args)
     except Exception as error:  # of many kinds: what its configs refuse, and what its processes died of
-        raise ConfigurationError(f"vLLM cannot serve {options.model!r}: {_reason(error)}") from error
+        raise ConfigurationError(f"vLLM cannot serve {options.model!r}: {in_a_line(error)}") from error
+    try:
+        return VllmEngine(name, llm, options.load, loras)
+    except BaseException:
+        llm.shutdown(timeout=STOP_S)
+        raise
 
 
 def _place_threads(args: Any, threads: int | None) -> None:
@@ -117,8 +120,9 @@ def engine_arguments(pairs: Iterable[str]) -> list[str]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         option = key.strip().removeprefix("--").replace("_", "-")
-        action = known.get(option.split(".")[0])
-        if option in OURS:
+        first = option.split(".")[0]
+        action = known.get(first)
+        if first in OURS:
             raise ConfigurationError(f"--engine-arg {option}: this program sets it from its own options; see --help.")
         if action is None:
             near = get_close_matches(option, known.keys() - OURS, n=3, cutoff=0.6)
@@ -172,45 +176,3 @@ def _check_device(device: str) -> None:
     have = current_platform.device_type
     if device not in ("auto", have):
         raise ConfigurationError(f"Device {device!r}: the vLLM that is installed here is built for {have!r}.")
-
-
-def _is_cpu() -> bool:
-    """Where vLLM computes adapters in plain PyTorch: there a request without one takes the weights of the last place.
-
-    (Its index -1 picks them; lora/ops/torch_ops/lora_ops.py of 0.32.) One place more than adapters stays empty: zeros.
-    """
-    return bool(current_platform.device_type == "cpu")
-
-
-def _adapter_folder(source: str) -> str:
-    """Where an adapter lies, downloaded if need be; its pickles are left where they are."""
-    path = Path(source).expanduser()
-    if not path.is_dir():
-        try:
-            path = Path(snapshot_download(source, allow_patterns=["adapter_config.json", "*.safetensors"]))
-        except Exception as error:  # of many kinds: no such name, gated, offline
-            raise ConfigurationError(f"LoRA adapter {source!r} cannot be loaded: {_reason(error)}") from error
-    if not (path / "adapter_model.safetensors").is_file():
-        raise ConfigurationError(f"LoRA adapter {source!r} cannot be loaded: there is no adapter_model.safetensors.")
-    return str(path)
-
-
-def _rank(folders: Iterable[str]) -> int:
-    """The smallest rank that vLLM makes room for which all of these adapters fit into."""
-    ranks = [0]
-    for folder in folders:
-        try:
-            ranks.append(int(json.loads((Path(folder) / "adapter_config.json").read_text())["r"]))
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigurationError(f"{folder!r} is no LoRA adapter: its adapter_config.json: {error!r}") from error
-    offered = sorted(MaxLoRARanks.__args__)
-    fits = [rank for rank in offered if rank >= max(ranks)]
-    if not fits:
-        raise ConfigurationError(f"An adapter has rank {max(ranks)}; vLLM takes up to {offered[-1]}.")
-    return int(fits[0])
-
-
-def _reason(error: BaseException) -> str:
-    """In one line. What a process of vLLM's died of is on stderr only."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines)[:500]

@@ -12,10 +12,10 @@ from fastchat_q.events import FinishReason, Piece, TokenLogprob, ToolCallDelta, 
 from fastchat_q.jobs import Sampling
 
 from ..base import Ended, Output
-from ..processing.rules import ModelRules, Rules
-from ..processing.structured import Guided, Guides
-from ..processing.text import Detokenizer, StopMatcher
 from .penalties import Edits
+from .rules import ModelRules, Rules
+from .structured import Guided, Guides
+from .text import Detokenizer, StopMatcher
 
 
 class Picked(NamedTuple):
@@ -33,7 +33,8 @@ class Language:
     """The width of the logits."""
     eos_ids: frozenset[int]
     decode: Callable[[list[int]], str]
-    guides: Guides
+    guides: Guides | None
+    """None: guides are followed elsewhere."""
     rules: ModelRules | None = None
     stop: tuple[str, ...] = ()
     """Texts that end an answer as its end token does."""
@@ -77,7 +78,7 @@ class Sequence:
         self.detokenizer = Detokenizer(language.decode)
         self.stop = StopMatcher(sampling.stop if sampling.ignore_eos else (*sampling.stop, *language.stop))
         self.edits = Edits.of(sampling, self.prompt)
-        self.guide = language.guides.guided(sampling.guide) if sampling.guide else None
+        self.guide = language.guides.guided(sampling.guide) if sampling.guide and language.guides else None
         self.rules = language.rules.row(len(self.prompt), self.limit) if language.rules and not self.guide else None
         self.edited = bool(self.edits or self.guide or self.rules or (sampling.min_tokens and self.eos_ids))
 
