@@ -1,11 +1,14 @@
 """What fails in a step fails alone: passes, draws and memory that is not there, with one choice or several."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
-from fastchat_q.workers.engines.base import OUT_OF_MEMORY
+from fastchat_q.workers import watch
+from fastchat_q.workers.active import Active
+from fastchat_q.workers.engines.base import OUT_OF_MEMORY, Request
 from fastchat_q.workers.engines.batching import draws, kv, prefixes, sequence
 from fastchat_q.workers.engines.batching.engine import TransformersEngine
 from fastchat_q.workers.engines.batching.intake import Choice
@@ -13,9 +16,11 @@ from fastchat_q.workers.engines.batching.passes import Part, Result
 from fastchat_q.workers.engines.batching.sampling import Sampler
 from fastchat_q.workers.engines.batching.scheduler import Pace
 from fastchat_q.workers.engines.loading.model import Loaded
+from fastchat_q.workers.line import Line
 from transformers import PreTrainedTokenizerBase
 
 from fastchat_q.errors import FastchatQError, JobFailedError, RetryableError
+from fastchat_q.queue import Claim
 
 from .conftest import Drive
 from .driving import Answer, Driver, job
@@ -384,3 +389,50 @@ def test_a_prompt_in_pieces_keeps_the_room_that_it_was_promised(
         driver.wait_tokens("a", 1)
         driver.submit(job("b", f"{text} again", max_tokens=20))
         assert [answer.ids for answer in driver.wait("a", "b")] == wanted
+
+
+def test_a_wait_for_memory_that_others_hold_is_no_stall(llama: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends when another row does, and is not to cost the job one of its retries."""
+    now = 0.0
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now))
+    per_column = TransformersEngine("m", 8, llama).way.room.per_column
+    engine = TransformersEngine("m", 8, llama, per_column * 200 * 4 // 3)
+    guard = watch.Watch(engine, stall_s=10.0)
+    active = {
+        name: Active(Claim(name, "1", 1, 0, "hi", b""), cast(Line, None), 0, 0.0, 0.0, 0.0, 0) for name in ("a", "b")
+    }
+    tickets = {one.ticket: one for one in active.values()}
+    for name, one in active.items():
+        engine.admit(Request(job(name, "hi", max_tokens=150, ignore_eos=True), one.ticket))
+    left, waited = set(tickets), 0
+    while left:
+        outputs = engine.step()
+        engine.steps += 1
+        engine.alive()
+        for output in outputs:
+            assert output.ended is None or output.ended.error is None
+            guard.given(tickets[output.ticket])
+            tickets[output.ticket].emitted = True
+            if output.ended is not None:
+                left.remove(output.ticket)
+        waited += len(left) - len(outputs) > 0 and bool(outputs)
+        now += 0.5
+        guard.tick()
+        assert not [ticket for ticket in left if guard.stalled(tickets[ticket])]
+    assert engine.scheduler.preempted
+    assert waited > 25, "longer than a stall may be"
+
+
+def test_a_job_that_does_not_wait_for_memory_stalls_all_the_same(
+    llama: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now))
+    engine = TransformersEngine("m", 8, llama)
+    guard = watch.Watch(engine, stall_s=10.0)
+    one = Active(Claim("a", "1", 1, 0, "hi", b""), cast(Line, None), 0, 0.0, 0.0, 0.0, 0, emitted=True)
+    for _ in range(22):
+        engine.steps += 1
+        now += 0.5
+        guard.tick()
+    assert guard.stalled(one)

@@ -2,7 +2,7 @@
 
 A step plans (scheduler.py), computes logits (passes.py and the ways behind it), draws tokens (draws.py, sampling.py),
 and tells what they say (sequence.py). Nothing of a request is computed anywhere else. What fails in a step is tried
-again in smaller parts, until the job at fault fails alone; memory that runs out is first taken from what can do without.
+again in smaller parts, until the job at fault fails alone; where memory runs out, what can do without it gives it back.
 """
 
 import time
@@ -102,6 +102,7 @@ class TransformersEngine(Engine):
         except NoRoomError as error:
             self._end(error.run.owner.answers.ticket, Ended(error=job_error(error)), outputs)
             return outputs
+        self.starved = frozenset([run.owner.answers.ticket for run in self.scheduler.starved])
         results: list[Result] = []
         for part in self.way.parts(decode, chunks):
             self._run_part(part, results, outputs)

@@ -17,7 +17,6 @@ from ..processing.structured import Guided, Guides
 from ..processing.text import Detokenizer, StopMatcher
 from .penalties import Edits
 
-
 NO_NUMBER = -2
 """Stands for the token of a row whose logits were not finite."""
 
