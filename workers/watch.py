@@ -22,7 +22,8 @@ class Watch:
     """Measures in seconds that this process was awake: after a SIGSTOP nothing looks stalled that was frozen with it.
 
     A job is stalled if it got no token for ``stall_s``. Its first token may take longer, as prompts wait for one
-    another inside the engine: before it, the time counts only while no job at all gets a token.
+    another inside the engine: before it, the time counts only while no job at all gets a token. While a job waits for
+    memory that others have, it does not count at all.
     """
 
     def __init__(self, engine: Engine, stall_s: float) -> None:
@@ -75,6 +76,9 @@ class Watch:
 
     def stalled(self, active: Active) -> bool:
         """Whether the engine goes on without this job."""
+        if active.ticket in self._engine.starved:
+            active.given_at, active.given_at_step = self._awake_s, self._engine.steps
+            return False
         since = active.given_at if active.emitted else max(active.given_at, self._any_token_at)
         steps = self._engine.steps - active.given_at_step
         return self._awake_s - since > self._stall_s and steps >= STALL_STEPS

@@ -15,7 +15,7 @@ from fastchat_q.workers.engines.batching.sampling import (
     _edit,
     uniform,
 )
-from fastchat_q.workers.engines.processing.sequence import Picked, Sequence
+from fastchat_q.workers.engines.processing.sequence import NO_NUMBER, Picked, Sequence
 from fastchat_q.workers.engines.processing.text import TokenTexts
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +28,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from fastchat_q.errors import JobFailedError
 from fastchat_q.jobs import Sampling
 
 from .rows import NamedTokens, language, pick, row
@@ -373,6 +374,29 @@ def test_tokens_that_the_model_rules_out_are_never_drawn() -> None:
     some = [{}, {"top_p": 0.99}, {"top_k": 50}, {"min_p": 0.1}, {"top_k": 900, "top_p": 0.9999}]
     rows = [row(language(2000), seed=i, **some[i % len(some)]) for i in range(400)]
     assert set(pick(logits, rows)) == {3, 1500}
+
+
+@pytest.mark.parametrize("vocabulary", [CANDIDATES // 2, WIDE, WIDEST])
+@pytest.mark.parametrize(
+    "parameters",
+    [{"temperature": 0}, {}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"top_p": 0.999, "logprobs": 3}],
+)
+@pytest.mark.parametrize("spoilt", ["one NaN", "all NaN", "all -inf", "one inf"])
+def test_a_row_that_has_no_numbers_gets_no_token_and_its_neighbours_get_theirs(
+    vocabulary: int, parameters: dict[str, Any], spoilt: str
+) -> None:
+    logits = random_logits(3, vocabulary, 0.1)
+    rows = [row(language(vocabulary), **parameters, seed=i) for i in range(3)]
+    before = pick(logits, rows)
+    value = torch.nan if "NaN" in spoilt else torch.inf
+    if spoilt.startswith("one"):
+        logits[1, 7] = value
+    else:
+        logits[1] = value if "NaN" in spoilt else -value
+    assert pick(logits, rows) == [before[0], NO_NUMBER, before[2]]
+    with pytest.raises(JobFailedError, match="not finite"):
+        rows[1].accept(Picked(NO_NUMBER))
+    assert rows[1].ids == []
 
 
 def test_min_tokens_keeps_every_end_away_until_then() -> None:

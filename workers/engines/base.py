@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import structlog
@@ -99,6 +99,8 @@ class Engine(ABC):
         """Why it takes no requests at the moment; what it has goes on."""
         self.steps = 0
         """Steps that are done."""
+        self.starved: Set[str] = frozenset()
+        """Tickets of requests that wait for memory which others have: for no fault of their own they get no tokens."""
         self.resting = True
         """It waits for a request, or until its next step is due."""
         self._progress = time.monotonic()

@@ -1,6 +1,8 @@
 """What an exception of a library means: the job's fault, the worker's trouble for now, or the end of the device."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -39,6 +41,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return _says(error, ALLOCATION_MESSAGES)
+
+
+@contextmanager
+def memory_permitting() -> Iterator[None]:
+    """What is done inside is left undone, or half done, if there is no memory for it."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 def _says(error: BaseException, messages: tuple[str, ...]) -> bool:

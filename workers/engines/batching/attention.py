@@ -60,14 +60,14 @@ class PackedStep:
     """Calls of the attention function."""
     _made: dict[Any, torch.Tensor] = field(default_factory=dict)
 
-    def slots(self, group: int, heads: int, device: torch.device) -> torch.Tensor:
+    def slots(self, group: int, heads: int, columns: int, device: torch.device) -> torch.Tensor:
         """(rows x heads) int64: where each row's new keys of each head go in a slab flattened to its columns."""
-        key = ("slots", group, heads, device)
+        key = ("slots", group, heads, columns, device)
         if key not in self._made:
             mine = self.groups[group]
             rows = mine.end - mine.start
             lines = torch.arange(mine.first * heads, (mine.first + rows) * heads, device=device).view(rows, heads)
-            firsts = lines * mine.slab.columns
+            firsts = lines * columns
             self._made[key] = (firsts + mine.positions.to(device)[:, None]).flatten()
         return self._made[key]
 
@@ -205,7 +205,7 @@ def _decode(
         query, key, value = (t[group.start : group.end] for t in (query, key, value))
     for store, new in ((keys, key), (values, value)):
         heads, size = new.shape[1:]
-        store.view(-1, size).index_copy_(0, step.slots(i, heads, store.device), new.reshape(-1, size))
+        store.view(-1, size).index_copy_(0, step.slots(i, heads, store.shape[2], store.device), new.reshape(-1, size))
     window = how.shape.window
     first = 0 if window is None else max(0, group.shortest - window + 1)
     rows_, columns = slice(group.first, group.first + rows), slice(first, group.longest + 1)

@@ -59,7 +59,7 @@ class Dense(Way):
         if self._padded and min(lengths) != max(lengths):
             mask = (torch.arange(step.columns, device=fed.device) <= fed[1][:, None]).long()
         owners = [(row.namespace, 1) for row in rows]
-        logits = self.model(fed[0][:, None], fed[1][:, None], DenseCache(step), mask, owners=owners)[:, -1].float()
+        logits = self.model(fed[0][:, None], fed[1][:, None], DenseCache(step), mask, owners=owners)[:, -1]
         for row in rows:
             row.length += 1
             row.memory.length = row.length
@@ -68,10 +68,8 @@ class Dense(Way):
     def reserve(self, row: Row, columns: int, *, prompt: bool = False) -> bool:
         if isinstance(row.memory, Place):
             return self._fit(len(self._slab.places), columns)
-        if row.memory is None:  # it must find room among the rows that decode once its prompt is in
-            rows = len(self._slab.places) + len(self._prompts) + 1
-            longest = max([columns, *self._prompts.values(), *(place.length + 1 for place in self._slab.places)])
-            if not self.room.fits(rows, rows * longest):
+        if row.memory is None:
+            if not self._promises(len(self._slab.places) + 1, columns):
                 return False
             row.memory = self.model.new_cache()
             self._prompts[row] = columns
@@ -109,17 +107,26 @@ class Dense(Way):
     def _fit(self, rows: int, columns: int) -> bool:
         """Makes room in the slab for so many rows and columns, with some to spare if it can."""
         slab = self._slab
+        if self._prompts and not self._promises(rows, columns):
+            return False
         if rows <= slab.rows and columns <= slab.columns:
             return True
         needed = max([columns, *(place.length + 1 for place in slab.places)])
         roomy = max(slab.columns, -(-columns * 5 // 4 // 64) * 64)
         for more, size in ((max(rows, slab.rows * 2), roomy), (rows, max(columns, slab.columns)), (rows, needed)):
             if self.room.fits(more, more * size):
-                slab.resize(more, size)
+                slab.rows = min(slab.rows, more)  # that many rows have all, wherever memory may end below
                 for states in self._states:
                     states.resize(more)
+                slab.resize(more, size)
                 return True
         return False
+
+    def _promises(self, rows: int, columns: int) -> bool:
+        """Whether so many rows, one with so many columns, and all whose prompts are not in yet find room together."""
+        rows += len(self._prompts)
+        longest = max([columns, *self._prompts.values(), *(place.length + 1 for place in self._slab.places)])
+        return self.room.fits(rows, rows * longest)
 
     def _add(self, row: Row, length: int) -> None:
         place = Place(self._slab, len(self._slab.places), length)

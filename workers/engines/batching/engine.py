@@ -1,7 +1,8 @@
 """The engine for Hugging Face causal LMs: one compact step loop, requests join and leave between steps.
 
-A step plans (scheduler.py), computes logits (passes.py and the ways behind it), draws tokens (sampling.py), and tells
-what they say (sequence.py). Nothing of a request is computed anywhere else.
+A step plans (scheduler.py), computes logits (passes.py and the ways behind it), draws tokens (draws.py, sampling.py),
+and tells what they say (sequence.py). Nothing of a request is computed anywhere else. What fails in a step is tried
+again in smaller parts, until the job at fault fails alone; where memory runs out, what can do without it gives it back.
 """
 
 import time
@@ -10,20 +11,21 @@ from collections.abc import Sequence
 import structlog
 import torch
 
-from fastchat_q.errors import InvalidRequestError
+from fastchat_q.errors import FastchatQError, InvalidRequestError
 from fastchat_q.registry import ModelCard
 
 from ..base import Ended, Engine, Output, Request
 from ..loading.model import Loaded
 from ..processing.sequence import Picked
-from ..trouble import job_error
+from ..trouble import is_out_of_memory, job_error
 from .choose import NoWayError, choose_way, default_kv_bytes
+from .draws import Draw, batches, draws_of, logits_of
 from .generate import GenerateEngine
 from .intake import COMPILING_S, Choice, Intake, features
 from .lora import Adapters
-from .passes import Model, Part, Row
+from .passes import Model, Part, Result, Row
 from .sampling import Sampler
-from .scheduler import Run, Scheduler
+from .scheduler import NoRoomError, Run, Scheduler
 
 log = structlog.get_logger()
 
@@ -95,67 +97,96 @@ class TransformersEngine(Engine):
             self._warm = True
         if self._compiling:
             self._start_ready(outputs)
-        decode, chunks = self.scheduler.plan()
-        rows: list[Row] = []
-        logits: list[torch.Tensor] = []
+        try:
+            decode, chunks = self.scheduler.plan()
+        except NoRoomError as error:
+            self._end(error.run.owner.answers.ticket, Ended(error=job_error(error)), outputs)
+            return outputs
+        self.starved = frozenset([run.owner.answers.ticket for run in self.scheduler.starved])
+        results: list[Result] = []
         for part in self.way.parts(decode, chunks):
-            self._run_part(part, rows, logits, outputs)
-        self.scheduler.done(rows)
-        if rows:
-            self._draw(rows, torch.cat(logits) if len(logits) > 1 else logits[0], outputs)
+            self._run_part(part, results, outputs)
+        self.scheduler.done(row for result in results for row in result.rows)
+        self._draw(results, outputs)
         return outputs
 
-    def _run_part(self, part: Part, rows: list[Row], logits: list[torch.Tensor], outputs: list[Output]) -> None:
+    def _run_part(self, part: Part, results: list[Result], outputs: list[Output]) -> None:
         """Computes a part; if that fails, smaller ones, until what is at fault fails alone."""
-        try:
-            result = self.way.run(part)
-        except Exception as error:
-            smaller = _halves(part) if self.way.repeatable else []
-            failed = Ended(error=job_error(error))
-        else:
-            rows += result.rows
-            if result.rows:
-                logits.append(result.logits)
+        part = self._rest(part)
+        if not part.rows:
             return
+        try:
+            results.append(self.way.run(part))
+            return
+        except Exception as error:
+            failure, no_memory = job_error(error), is_out_of_memory(error)
+        smaller = _halves(part) if self.way.repeatable else []
         if not smaller:  # the cache of these rows is undefined now, or the fault is in the one row
-            for ticket in {self.scheduler.run_of(row).owner.answers.ticket for row in part.rows}:
-                self._end(ticket, failed, outputs)
+            runs = [self.scheduler.run_of(row) for row in part.rows]
+            self._fail([(run.owner, run) for run in runs], failure, outputs, again=no_memory, no_memory=no_memory)
             return
         self.way.reset()
         for one in smaller:
-            self._run_part(one, rows, logits, outputs)
+            self._run_part(one, results, outputs)
 
-    def _draw(self, rows: list[Row], logits: torch.Tensor, outputs: list[Output]) -> None:
+    def _rest(self, part: Part) -> Part:
+        """What is left of a part when jobs have failed in others of the same step."""
+        there = self.scheduler
+        return Part([row for row in part.decode if row in there], [c for c in part.chunks if c.row in there])
+
+    def _draw(self, results: list[Result], outputs: list[Output]) -> None:
         """Chooses the next token of each row, and says what it means."""
-        runs = [self.scheduler.run_of(row) for row in rows]
-        choices: list[Choice] = [run.owner for run in runs]
-        forks: list[tuple[Run, Choice]] = []
-        if any(choice.waiting for choice in choices):
-            lines = list(range(len(rows)))
-            for line, (run, choice) in enumerate(zip(runs, choices, strict=True)):
-                forks += [(run, other) for other in choice.waiting]
-                lines += [line] * len(choice.waiting)
-                choice.waiting = []
-            logits = logits[torch.tensor(lines, device=logits.device)]
-        everyone = choices + [other for _, other in forks]
-        try:
-            picks = self._sampler.pick(logits, [choice.sequence for choice in everyone])
-        except Exception as error:
-            failed = Ended(error=job_error(error))
-            for ticket in {choice.answers.ticket for choice in everyone}:
-                self._end(ticket, failed, outputs)
-            return
-        for (run, choice), picked in zip(forks, picks[len(runs) :], strict=True):
-            if self._accept(choice, picked, outputs):
-                self._fork(run, choice)
+        drawn: list[tuple[Draw, Picked]] = []
+        failed: list[tuple[list[Draw], FastchatQError, bool]] = []
+        for batch in batches(draws_of(results, self.scheduler)):
+            try:
+                picks = self._sampler.pick(logits_of(batch), [draw.choice.sequence for draw in batch])
+                drawn += zip(batch, picks, strict=True)
+            except Exception as error:
+                failed.append((batch, job_error(error), is_out_of_memory(error)))
         gone = []
-        for run, picked in zip(runs, picks, strict=False):
-            if self._accept(run.owner, picked, outputs):
-                run.row.last_id = picked.token
-            else:
-                gone.append(run)
+        for draw, picked in drawn:
+            accepted = self._accept(draw.choice, picked, outputs)
+            if not draw.forks:
+                draw.run.row.last_id = picked.token
+                if not accepted:
+                    gone.append(draw.run)
+            elif accepted:
+                self._fork(draw.run, draw.choice)
         if gone:
             self.scheduler.leave(gone)
+        for batch, failure, no_memory in failed:  # their logits are overwritten, so they are computed once more
+            chosen = [(draw.choice, None if draw.forks else draw.run) for draw in batch]
+            self._fail(chosen, failure, outputs, again=no_memory or len(batch) > 1, no_memory=no_memory)
+
+    def _fail(
+        self,
+        chosen: list[tuple[Choice, Run | None]],
+        failure: FastchatQError,
+        outputs: list[Output],
+        *,
+        again: bool,
+        no_memory: bool,
+    ) -> None:
+        """Ends the jobs of these choices, each with its run if it has one, or computes them again if it was no suspect.
+
+        Args:
+            again: it is not known whose fault it is, or nobody's.
+        """
+        for choice, run in reversed(chosen):
+            ticket = choice.answers.ticket
+            if ticket not in self._tickets:
+                continue
+            if not again or choice.suspect:
+                self._end(ticket, Ended(error=failure), outputs)
+                continue
+            choice.suspect = True
+            if run is None:
+                self._start(choice)
+            else:
+                self.scheduler.restart(run, starved=no_memory)
+        if no_memory:
+            self.way.reset()
 
     def _accept(self, choice: Choice, picked: Picked, outputs: list[Output]) -> bool:
         """Takes a token in and tells what it says; False: this choice goes no further."""
@@ -168,6 +199,7 @@ class TransformersEngine(Engine):
             self._end(answers.ticket, Ended(error=job_error(error)), outputs)
             return False
         outputs.append(output)
+        choice.suspect = False
         if output.ended is not None:
             del self._tickets[answers.ticket]
             return False

@@ -39,6 +39,8 @@ class Choice:
     """What the pass that takes in its prompt gets beside the tokens."""
     waiting: list["Choice"] = field(default_factory=list)
     """Choices that begin where the prompt of this one ends."""
+    suspect: bool = False
+    """It was there when a step failed: its next token is drawn by itself, and if that fails too, its job has failed."""
 
     def tokens(self) -> list[int]:
         """All tokens so far, the prompt's first."""

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..trouble import is_out_of_memory, memory_permitting
+
 SMALLEST = 64
 """Columns of the smallest slab."""
 LARGEST_SHARED = 1024
@@ -71,9 +73,13 @@ class Slab:
         self.resize(rows)
 
     def resize(self, rows: int, columns: int | None = None) -> None:
-        """Makes room for so many rows, layer by layer, so that never more than one layer is there twice."""
+        """Makes room for so many rows, layer by layer, so that never more than one layer is there twice.
+
+        If there is no memory for a layer, some have the new size and some the old one, and what all have counts.
+        """
         taken, filled = len(self.places), max((place.length for place in self.places), default=0)
         columns = columns or self.columns
+        self.rows, self.columns = min(rows, self.rows), min(columns, self.columns)
         for i, shape in enumerate(self._shapes):
             if shape is None:
                 continue
@@ -86,6 +92,11 @@ class Slab:
                     new[:taken, :, :filled] = old[:taken, :, :filled]
             self.keys[i], self.values[i] = keys, values
         self.rows, self.columns = rows, columns
+
+    @property
+    def held(self) -> int:
+        """Rows that some layer has memory for: more than ``rows`` after a `resize` for which there was none."""
+        return max((keys.shape[0] for keys, _ in self.layers()), default=self.rows)
 
     def layers(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for keys, values in zip(self.keys, self.values, strict=True):
@@ -188,8 +199,9 @@ class KVStore:
         for columns, slab in list(self.shared.items()):
             if not slab.places:
                 del self.shared[columns]
-            elif len(slab.places) < slab.rows:
-                slab.resize(len(slab.places))
+            elif len(slab.places) < slab.held:
+                with memory_permitting():
+                    slab.resize(len(slab.places))
 
     def clear(self) -> None:
         """Forgets all rows, and gives all memory back."""
@@ -213,8 +225,14 @@ class KVStore:
 
     def _enlarge(self, slab: Slab) -> bool:
         for more in (max(FIRST_ROWS, slab.rows), 1):
-            if self._make_room(more * slab.columns):
+            if not self._make_room(more * slab.columns):
+                continue
+            try:
                 slab.resize(slab.rows + more)
+            except Exception as error:
+                if more == 1 or not is_out_of_memory(error):
+                    raise
+            else:
                 return True
         return False
 

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import torch
 
+from ..trouble import memory_permitting
 from . import attention
 from .attention import Group, PackedStep, Packing
 from .kv import KVStore, Place, Shapes
@@ -61,7 +62,7 @@ class Packed(Way):
             chunk.row.length += len(chunk.ids)
             chunk.row.memory.length = chunk.row.length
         rows = [*decode, *(chunk.row for chunk in part.chunks if chunk.last)]
-        return Result(rows, logits[0, : len(rows)].float())
+        return Result(rows, logits[0, : len(rows)])
 
     def reserve(self, row: Row, columns: int, *, prompt: bool = False) -> bool:
         if row.memory is not None:
@@ -85,11 +86,15 @@ class Packed(Way):
 
     def load_prefix(self, row: Row, ids: list[int]) -> int:
         place: Place = row.memory
-        row.length = place.length = self._prefixes.load(row.namespace, ids, place)
+        with memory_permitting():
+            row.length = place.length = self._prefixes.load(row.namespace, ids, place)
         return row.length
 
     def save_prefix(self, row: Row, ids: list[int]) -> None:
-        self._prefixes.save(row.namespace, ids, row.memory)
+        with memory_permitting():
+            self._prefixes.save(row.namespace, ids, row.memory)
+            return
+        self._prefixes.clear()  # some of its layers may have grown and some not
 
 
 def _order(row: Row) -> tuple[int, int]:

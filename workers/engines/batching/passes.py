@@ -75,7 +75,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Logits (rows, vocabulary) float32 for these rows: all that decoded, and those whose prompt ended."""
+    """Logits (rows, vocabulary) for these rows: all that decoded, and those whose prompt ended."""
 
     rows: list[Row]
     logits: torch.Tensor
@@ -206,6 +206,8 @@ class Way(ABC):
     def reserve(self, row: Row, columns: int, *, prompt: bool = False) -> bool:
         """Makes sure that a row has room for so many columns; False: there is none at present.
 
+        Out of memory, it may raise whatever the library says then; all rows are as they were.
+
         Args:
             prompt: for a prompt that is not taken in whole by the next step.
         """
@@ -219,10 +221,13 @@ class Way(ABC):
         """Gives ``copy`` the memory of a row whose prompt is in; False: there is no room."""
 
     def reset(self) -> None:  # noqa: B027
-        """Gives back all memory that can be given back."""
+        """Gives back all memory that can be given back; needs none for it."""
 
     def load_prefix(self, row: Row, ids: list[int]) -> int:
-        """Fills a row that has reserved room with a computed prefix of these tokens; returns how many."""
+        """Fills a row that has reserved room with a computed prefix of these tokens; returns how many.
+
+        Does without if there is no memory for it, as does `save_prefix`.
+        """
         return 0
 
     def save_prefix(self, row: Row, ids: list[int]) -> None:  # noqa: B027

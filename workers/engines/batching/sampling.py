@@ -23,7 +23,7 @@ from fastchat_q.events import Alternative, TokenLogprob
 from fastchat_q.jobs import MAX_TOP_LOGPROBS, Sampling
 
 from ..processing.penalties import edit
-from ..processing.sequence import Picked, Sequence
+from ..processing.sequence import NO_NUMBER, Picked, Sequence
 from ..processing.structured import mask
 from ..processing.text import TokenTexts
 from ..tensors import to_device
@@ -49,6 +49,8 @@ IMPOSSIBLE = -9999.0
 
 GREEDY, WHOLE, CUT = range(3)
 """The ways to a token: the likeliest, a draw from all, a draw from what top_k, top_p and min_p leave."""
+WIDER = -1
+"""Stands for the token of a row that may keep more than was looked at."""
 TEMPERATURE, UNIFORM, TOP_K, TOP_P, MIN_P = range(5)
 """Columns of the numbers (rows, 5) float32 that a draw hangs on."""
 
@@ -81,7 +83,10 @@ class Sampler:
         self._texts = texts
 
     def pick(self, logits: torch.Tensor, rows: Rows[Sequence]) -> list[Picked]:
-        """The next token of each row, from logits (rows, vocabulary) float32, which it may overwrite."""
+        """The next token of each row, from logits (rows, vocabulary) float32, which it may overwrite.
+
+        NO_NUMBER is that of a row whose highest logit is not finite, as it is not where one of them is NaN.
+        """
         asking = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
         raw = _select(logits, asking).log_softmax(-1) if asking else None  # before anything is overwritten
         _edit(logits, rows)
@@ -97,6 +102,8 @@ class Sampler:
         settled = _settle(tokens.tolist(), logits, rows)
         picks = [Picked(token) for token in settled]
         for j, i in enumerate(asking):
+            if settled[i] == NO_NUMBER:
+                continue
             logprob = found[j, 0] if tokens[i] >= 0 else raw[j, settled[i]].item()
             picks[i] = self._with_logprobs(settled[i], logprob, ids[j], found[j, 1:], rows[i].sampling.logprobs or 0)
         return picks
@@ -143,7 +150,7 @@ def _guide(logits: torch.Tensor, rows: Rows[Sequence], at: Rows[int]) -> None:
 
 
 def _draw(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
-    """Tokens (rows) int32; -1 for one that takes a full sort."""
+    """Tokens (rows) int32; WIDER for one that takes a longer look, NO_NUMBER for one that has no numbers."""
     groups: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(way_of(row.sampling), []).append(i)
@@ -159,7 +166,7 @@ def _draw(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
 def _settle(tokens: list[int], logits: torch.Tensor, rows: Rows[Sequence]) -> list[int]:
     """Draws the rows again that keep more tokens than were looked at."""
     for count in (MORE_CANDIDATES, logits.shape[-1]):
-        if wide := [i for i, token in enumerate(tokens) if token < 0]:
+        if wide := [i for i, token in enumerate(tokens) if token == WIDER]:
             drawn = _cut(_select(logits, wide), [rows[i] for i in wide], count).tolist()
             for i, token in zip(wide, drawn, strict=True):
                 tokens[i] = token
@@ -168,19 +175,24 @@ def _settle(tokens: list[int], logits: torch.Tensor, rows: Rows[Sequence]) -> li
 
 def _greedy(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
     if logits.device.type == "cpu":  # numpy's is several times as fast as torch's
-        return torch.from_numpy(logits.numpy().argmax(-1).astype(np.int32))
-    return logits.argmax(-1).int()
+        values = logits.numpy()
+        tokens = values.argmax(-1)
+        finite = np.isfinite(values[np.arange(len(tokens)), tokens])
+        return torch.from_numpy(np.where(finite, tokens, NO_NUMBER).astype(np.int32))
+    highest, ids = logits.max(-1, keepdim=True)
+    return _checked(ids.squeeze(-1), highest)
 
 
 def _whole(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
     """Overwrites the logits: at this size, memory costs more than arithmetic."""
     numbers = _numbers(rows, logits.device)
-    weights = logits.sub_(logits.amax(-1, keepdim=True)).div_(numbers[:, TEMPERATURE, None]).exp_()
-    return _invert(weights, numbers[:, UNIFORM, None]).int()
+    highest = logits.amax(-1, keepdim=True)
+    weights = logits.sub_(highest).div_(numbers[:, TEMPERATURE, None]).exp_()
+    return _checked(_invert(weights, numbers[:, UNIFORM, None]), highest)
 
 
 def _cut(logits: torch.Tensor, rows: Rows[Sequence], count: int = CANDIDATES) -> torch.Tensor:
-    """Tokens from the ``count`` likeliest; -1 for a row that may keep more."""
+    """Tokens from the ``count`` likeliest; WIDER for a row that may keep more."""
     numbers = _numbers(rows, logits.device)
     if count < logits.shape[-1]:
         highest, ids = logits.topk(count, -1)  # (rows, count), descending
@@ -198,8 +210,13 @@ def _cut(logits: torch.Tensor, rows: Rows[Sequence], count: int = CANDIDATES) ->
     tokens = ids.gather(-1, _invert(weights, numbers[:, UNIFORM, None])[:, None]).squeeze(-1)
     if count < logits.shape[-1]:
         last = values[:, -1:]
-        tokens = tokens.where(((last < lowest) & ((last < first) | (first == -torch.inf))).squeeze(-1), -1)
-    return tokens.int()
+        tokens = tokens.where(((last < lowest) & ((last < first) | (first == -torch.inf))).squeeze(-1), WIDER)
+    return _checked(tokens, highest[:, :1])
+
+
+def _checked(tokens: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
+    """Tokens (rows) int32, with NO_NUMBER where the highest logit (rows, 1) is none: to all that sorts, NaN is."""
+    return tokens.int().where(highest.squeeze(-1).isfinite(), NO_NUMBER)
 
 
 WAYS = {GREEDY: _greedy, WHOLE: _whole, CUT: _cut}

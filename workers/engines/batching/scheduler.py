@@ -1,7 +1,8 @@
 """Which rows go through the model in the next step: those that decode, and as much of prompts as time allows.
 
 First come, first served. When KV memory is full, requests wait, and the youngest row gives its memory up and is
-computed again later; no request fails for want of memory that others hold. Knows rows and times, no text.
+computed again later; no request fails for want of memory that others hold. That the device has less of it than was
+reckoned is no different. Knows rows and times, no text.
 """
 
 import time
@@ -10,7 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
+
+from ..trouble import is_out_of_memory
 from .passes import Chunk, Row, Way
+
+log = structlog.get_logger()
 
 STALL_S = 0.05
 """Prompts may make a step so much longer while others wait for their next token, or twice as long if it is longer."""
@@ -30,6 +36,16 @@ class Run:
     row: Row
     ids: list[int]
     owner: Any
+    starved: bool = False
+    """It gave its memory up, and waits for some."""
+
+
+class NoRoomError(MemoryError):
+    """There is no memory for this run though no other has any."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(f"no room for {len(run.ids)} tokens")
+        self.run = run
 
 
 class Pace:
@@ -77,6 +93,14 @@ class Scheduler:
     def __len__(self) -> int:
         return len(self._runs)
 
+    def __contains__(self, row: Row) -> bool:
+        return row in self._runs
+
+    @property
+    def starved(self) -> list[Run]:
+        """Those that gave their memory up and wait for some."""
+        return [run for run in self._waiting if run.starved]
+
     def submit(self, run: Run, *, next_in_line: bool = False) -> None:
         """Takes a run in that has no memory yet."""
         self._runs[run.row] = run
@@ -105,11 +129,25 @@ class Scheduler:
         self._prefilling = [run for run in self._prefilling if run.row not in gone]
         self._running = [run for run in self._running if run.row not in gone]
 
-    def of(self, owner: Any) -> list[Run]:
-        return [run for run in self._runs.values() if run.owner is owner]
+    def restart(self, run: Run, *, starved: bool) -> None:
+        """Has a run give its memory up and be computed again.
+
+        Args:
+            starved: for want of memory: not before others have given some back.
+        """
+        self._way.release(run.row)
+        (self._prefilling if run in self._prefilling else self._running).remove(run)
+        run.ids = run.owner.tokens()
+        run.starved = starved
+        self._waiting.appendleft(run)
+        self._full = self._full or starved
 
     def plan(self) -> tuple[list[Row], list[Chunk]]:
-        """Rows that decode, each with room for a token more, and chunks of prompts."""
+        """Rows that decode, each with room for a token more, and chunks of prompts.
+
+        Raises:
+            NoRoomError: a run can never be served. Nothing is planned then.
+        """
         self._make_room()
         decode = [run.row for run in self._running]
         chunks: list[Chunk] = []
@@ -123,9 +161,12 @@ class Scheduler:
             whole = len(run.ids) <= left or not self._way.splits_prompts or bool(run.row.inputs)
             if not whole and chunks and len(run.ids) <= tokens:
                 break  # whole in the next step is sooner and cheaper than in two chunks
-            if not self._way.reserve(run.row, len(run.ids) + 1, prompt=not whole):
+            if not self._reserve(run.row, len(run.ids) + 1, prompt=not whole):
+                if not self._running and not self._prefilling:
+                    raise NoRoomError(run)
                 break
             self._waiting.popleft()
+            run.starved = False
             if not run.row.inputs:
                 self._way.load_prefix(run.row, run.ids)
             self._prefilling.append(run)
@@ -139,7 +180,7 @@ class Scheduler:
         """Rows that logits came for: those whose prompt ended decode from now on."""
         self._pace.note(*self._planned, time.monotonic() - self._began)
         if self._prefilling:
-            new = {row for row in rows if row.length >= len(self._runs[row].ids)}
+            new = {row for row in rows if row in self and row.length >= len(self._runs[row].ids)}
             for run in [run for run in self._prefilling if run.row in new]:
                 if not run.row.inputs:
                     self._way.save_prefix(run.row, run.ids)
@@ -157,13 +198,22 @@ class Scheduler:
     def _make_room(self) -> None:
         """Room for the next token of all that decode; the youngest give their memory up if there is none."""
         for run in list(self._running):
-            while run.row.memory is not None and not self._way.reserve(run.row, run.row.length + 1):
+            while run.row.memory is not None and not self._reserve(run.row, run.row.length + 1):
                 self._preempt((self._prefilling or self._running)[-1])
 
     def _preempt(self, run: Run) -> None:
-        self._way.release(run.row)
-        (self._prefilling if run in self._prefilling else self._running).remove(run)
-        run.ids = run.owner.tokens()
-        self._waiting.appendleft(run)
-        self._full = True
+        self.restart(run, starved=True)
         self.preempted += 1
+
+    def _reserve(self, row: Row, columns: int, *, prompt: bool = False) -> bool:
+        """Room for a row, if what nobody needs has to be given back for it."""
+        for _ in range(2):
+            try:
+                return self._way.reserve(row, columns, prompt=prompt)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._way.reset()
+        log.warning("no memory for a row", columns=columns, decoding=len(self._running), waiting=len(self._waiting))
+        self._full = True
+        return False

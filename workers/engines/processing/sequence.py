@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fastchat_q.workers.parsing import Parser, Parts
 
-from fastchat_q.errors import InvalidRequestError
+from fastchat_q.errors import InvalidRequestError, JobFailedError
 from fastchat_q.events import FinishReason, Piece, TokenLogprob, ToolCallDelta, Usage
 from fastchat_q.jobs import Sampling
 
@@ -16,6 +16,9 @@ from .penalties import Edits
 from .rules import ModelRules, Rules
 from .structured import Guided, Guides
 from .text import Detokenizer, StopMatcher
+
+NO_NUMBER = -2
+"""Stands for the token of a row whose logits were not finite."""
 
 
 class Picked(NamedTuple):
@@ -106,10 +109,13 @@ class Sequence:
 
         Raises:
             InvalidRequestError: its guide cannot be followed any further.
+            JobFailedError: there is no next token.
         """
         if self.guide is not None and self.guide.failure is not None:
             raise self.guide.failure
         token = picked.token
+        if token == NO_NUMBER:
+            raise JobFailedError("The model computed numbers that are not finite.", code="engine_error")
         self.ids.append(token)
         if self.edits is not None:
             self.edits.add(token)
