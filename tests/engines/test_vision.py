@@ -104,7 +104,7 @@ def test_an_answer_about_images_is_that_of_generate_alone_and_among_text(scene: 
 def test_tokens_of_an_image_see_one_another_where_the_model_wants_it(
     tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
 ) -> None:
-    """Gemma 3's attention within an image is not causal; in 16 bits a causal one is off by hardly more than rounding."""
+    """As Gemma 3 does: in 16 bits, causal attention there is off by hardly more than rounding."""
     scene = seeing("gemma3", tokenizer)
     scene.model.to(dtype)  # type: ignore[arg-type]
     loaded = scene.loaded()
