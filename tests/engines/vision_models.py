@@ -115,7 +115,7 @@ def _gemma3(base: PreTrainedTokenizerBase) -> Seeing:
     layers = ["sliding_attention", "full_attention"]
     config = transformers.Gemma3Config(
         vision_config=dict(EYES),
-        text_config=_text(tokenizer, head_dim=8, sliding_window=64, layer_types=layers),
+        text_config=_text(tokenizer, head_dim=8, query_pre_attn_scalar=1, sliding_window=64, layer_types=layers),
         mm_tokens_per_image=4,
         image_token_index=tokenizer.convert_tokens_to_ids("<image_soft_token>"),
         boi_token_index=tokenizer.convert_tokens_to_ids("<start_of_image>"),

@@ -6,17 +6,19 @@ loop: between two tokens, requests come in and are cancelled as they do there be
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from fastchat_q.errors import InvalidRequestError
 from fastchat_q.registry import ModelCard
 
 from ..base import Ended, Engine, Output, Request
 from ..loading.model import Loaded
+from ..processing.rules import decoder_start
 from ..trouble import job_error
 from .intake import COMPILING_S, Answers, Choice, Intake, features
 from .lora import Adapters
@@ -87,7 +89,7 @@ class GenerateEngine(Engine):
         turn = _Turn(self, choice)
         model: Any = self._loaded.model
         try:
-            with self._adapters.acting([(self._adapters.of(choice.answers.model), 1)]):
+            with self._adapters.acting([(self._adapters.of(choice.answers.model), 1)]), _unruled(model):
                 model.generate(
                     **self._inputs(choice),
                     do_sample=False,
@@ -108,13 +110,11 @@ class GenerateEngine(Engine):
 
     def _inputs(self, choice: Choice) -> dict[str, torch.Tensor]:
         device, sequence = self._loaded.device, choice.sequence
-        config = self._loaded.model.config
-        if not config.is_encoder_decoder:
+        start = decoder_start(self._loaded.model)
+        if start is None:
             ids = torch.tensor([choice.tokens()], device=device)
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **fitting(choice.inputs, ids.shape[1])}
         ids = torch.tensor([sequence.prompt], device=device)
-        start = config.decoder_start_token_id
-        start = config.get_text_config(decoder=True).bos_token_id if start is None else start
         begun = torch.tensor([[start, *sequence.ids]], device=device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": begun}
 
@@ -142,6 +142,17 @@ class GenerateEngine(Engine):
                 self._admit(item, outputs)
         self._told += outputs
         self.alive()
+
+
+@contextmanager
+def _unruled(model: Any) -> Iterator[None]:
+    """Within it, `generate` follows no entry of the model's generation_config: our sampling does (rules.py)."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(decoder_start_token_id=decoder_start(model))
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _is_ready(choice: Choice) -> bool:

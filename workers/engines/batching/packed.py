@@ -32,6 +32,8 @@ class Packed(Way):
         return whole + [Part([], [chunk]) for chunk in alone]
 
     def run(self, part: Part) -> Result:
+        if part.chunks and part.chunks[0].row.inputs:
+            return self._see(part.chunks[0])
         decode = sorted(part.decode, key=_order)
         ids = [row.last_id for row in decode]
         positions = [row.length for row in decode]
@@ -50,9 +52,8 @@ class Packed(Way):
         keep: torch.Tensor | int = 0 if len(wanted) == len(ids) else 1
         if wanted and len(wanted) < len(ids):
             keep = torch.tensor(wanted, device=self.model.device)
-        inputs = part.chunks[0].row.arguments(len(part.chunks[0].ids)) if part.chunks else {}
         with Packing(self.model.config, step) as cache:
-            logits = self.model(fed[:1], fed[1:], cache, keep=keep, owners=owners, **inputs)
+            logits = self.model(fed[:1], fed[1:], cache, keep=keep, owners=owners)
         if step.attended != sum(shape is not None for shape in self._shapes):
             raise attention.NotPackedError("some layers of this model do not attend through the interface")
         for row in decode:
@@ -63,6 +64,17 @@ class Packed(Way):
             chunk.row.memory.length = chunk.row.length
         rows = [*decode, *(chunk.row for chunk in part.chunks if chunk.last)]
         return Result(rows, logits[0, : len(rows)])
+
+    def _see(self, chunk: Chunk) -> Result:
+        """A prompt with images takes the plain pass: the mask is the model's own there, and need not be causal."""
+        row, cache, length = chunk.row, self.model.new_cache(), len(chunk.ids)
+        logits = self.model.extend(cache, 0, chunk.ids, row.namespace, **row.arguments(length))
+        slab, layers = row.memory.slab, [layer for layer in cache.layers if layer.get_seq_length()]
+        for stores, layer in zip(slab.layers(), layers, strict=True):
+            for store, new in zip(stores, (layer.keys, layer.values), strict=True):
+                store[row.memory.index, :, length - new.shape[2] : length] = new[0]  # a window keeps the last ones
+        row.length = row.memory.length = length
+        return Result([row], logits)
 
     def reserve(self, row: Row, columns: int, *, prompt: bool = False) -> bool:
         if row.memory is not None:

@@ -129,7 +129,7 @@ def _edit(logits: torch.Tensor, rows: Rows[Sequence]) -> None:
         edit(logits, [i for i, _ in changing], [edits for _, edits in changing])
     for i in edited:
         if (rules := rows[i].rules) is not None:
-            logits[i] = rules.apply(logits[i : i + 1], rows[i].prompt + rows[i].ids)[0]
+            logits[i] = rules.apply(logits[i : i + 1], rows[i].ids)[0]
 
 
 def _guide(logits: torch.Tensor, rows: Rows[Sequence], at: Rows[int]) -> None:

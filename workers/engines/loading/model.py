@@ -43,8 +43,10 @@ WAYS_OUT = (
 
 PROCESSORS: dict[str, object] = {
     "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
     "encoder_no_repeat_ngram_size": 0,
-    "forced_bos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1,
     "min_length": 0,
     "min_new_tokens": None,
 }

@@ -10,28 +10,27 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation import logits_process as processors
 
-APPLIED = frozenset(
-    {
-        "sequence_bias",
-        "no_repeat_ngram_size",
-        "bad_words_ids",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "forced_eos_token_id",
-    }
-)
-"""The entries of a generation_config that are followed here."""
+
+def decoder_start(model: PreTrainedModel) -> int | None:
+    """The token before the first of an encoder-decoder's answer; None: not one."""
+    if not model.config.is_encoder_decoder:
+        return None
+    text = model.config.get_text_config(decoder=True)
+    for config in (model.generation_config, model.config, text):
+        if (start := getattr(config, "decoder_start_token_id", None)) is not None:
+            return int(start)
+    return int(text.bos_token_id)
 
 
 class Rules:
-    """One row's processors."""
+    """One row's processors, and the tokens that they see before the answer's."""
 
-    def __init__(self, chain: LogitsProcessorList, device: torch.device) -> None:
-        self._chain, self._device = chain, device
+    def __init__(self, chain: LogitsProcessorList, before: list[int], device: torch.device) -> None:
+        self.chain, self._before, self._device = chain, before, device
 
     def apply(self, logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
-        """Logits (1, vocabulary) for the token behind prompt and answer -> what the model's config makes of them."""
-        return self._chain(torch.tensor([ids], device=self._device), logits)  # type: ignore[arg-type]
+        """Logits (1, vocabulary) for the token behind an answer's ids -> what the model's config makes of them."""
+        return self.chain(torch.tensor([self._before + ids], device=self._device), logits)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +39,18 @@ class ModelRules:
 
     config: Any
     device: torch.device
+    start: int | None = None
+    """Where a decoder begins that has an encoder: what its prompt says is no part of its answer."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "ModelRules | None":
         """None: its generation_config has none of them, as is usual."""
-        config = model.generation_config
-        has_any = config is not None and any(getattr(config, name, None) for name in APPLIED)
-        return cls(config, model.device) if has_any else None
+        rules = cls(model.generation_config, model.device, decoder_start(model)) if model.generation_config else None
+        return rules if rules is not None and rules.row([], 1).chain else None
 
-    def row(self, prompt_tokens: int, limit: int) -> Rules:
+    def row(self, prompt: list[int], limit: int) -> Rules:
         """The rules for a row that may generate ``limit`` tokens, in the order of ``generate``."""
+        before = prompt if self.start is None else [self.start]
         config, device, chain = self.config, str(self.device), LogitsProcessorList()
         if config.sequence_bias:
             chain.append(processors.SequenceBiasLogitsProcessor(config.sequence_bias))
@@ -57,12 +58,14 @@ class ModelRules:
             chain.append(processors.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
         if config.bad_words_ids:
             chain.append(processors.NoBadWordsLogitsProcessor(config.bad_words_ids, config.eos_token_id))
-        if config.forced_eos_token_id:
-            length = prompt_tokens + limit
+        if (forced := config.forced_bos_token_id) is not None:
+            chain.append(processors.ForcedBOSTokenLogitsProcessor(forced))
+        if config.forced_eos_token_id is not None:
+            length = len(before) + limit
             chain.append(processors.ForcedEOSTokenLogitsProcessor(length, config.forced_eos_token_id, device))
         if config.suppress_tokens:
             chain.append(processors.SuppressTokensLogitsProcessor(config.suppress_tokens, device))
         if config.begin_suppress_tokens:
-            begin = config.begin_suppress_tokens
-            chain.append(processors.SuppressTokensAtBeginLogitsProcessor(begin, prompt_tokens, device))
-        return Rules(chain, self.device)
+            begin = len(before) + (len(before) == 1 and forced is not None)
+            chain.append(processors.SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, begin, device))
+        return Rules(chain, before, self.device)
