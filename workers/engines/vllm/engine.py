@@ -95,7 +95,8 @@ class VllmEngine(Engine):
         self._llm = llm
         self._tokenizer: Any = llm.renderer.get_tokenizer()
         about, source = config.model_config.hf_config.to_dict(), config.model_config.model
-        choice = give_template(self._tokenizer, source, source, about, chat_template)
+        revision = config.model_config.revision
+        choice = give_template(self._tokenizer, source, source, about, chat_template, revision)
         self._renderer = Renderer(self._tokenizer, config.model_config.get_vocab_size(), choice)
         self._stop_ids = stop_ids(self._tokenizer, choice)
         self._eos_ids = _eos_ids(llm.input_processor.generation_config_fields, self._tokenizer)
