@@ -44,7 +44,7 @@ class ModelRules:
     @classmethod
     def of(cls, model: PreTrainedModel) -> "ModelRules | None":
         """None: its generation_config has none of them, as is usual."""
-        config = model.generation_config
+        config = getattr(model, "generation_config", None)  # a model of an adapter need not have one
         has_any = config is not None and any(getattr(config, name, None) for name in APPLIED)
         return cls(config, model.device) if has_any else None
 
