@@ -260,6 +260,7 @@ def worker(
             slots=slots or 0,
             drain_s=settings.drain_s,
             stall_s=settings.stall_s,
+            load_stall_s=settings.load_stall_s,
         )
 
     processes = [process(offer) for offer in offered]

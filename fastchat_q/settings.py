@@ -62,6 +62,8 @@ class Settings(BaseSettings):
     """A job that is not done by then, waiting or running, ends as expired."""
     stall_s: float = Field(default=60.0, gt=0)
     """A running job that gets no token for so long is tried again, on another worker if there is one."""
+    load_stall_s: float = Field(default=600.0, gt=0)
+    """A model whose loading says nothing for so long is given up: its process is ended and started again."""
     disconnect_grace_s: float = Field(default=5.0, ge=0)
     """A client whose stream was cut may come back for so long; then its job is cancelled."""
     result_ttl_s: float = Field(default=86400.0, ge=120)

@@ -58,9 +58,13 @@ class PassedOn:
     """Passes everything on to this process's own stderr (`docker logs` reads that), and remembers the end of it.
 
     It is read from a pipe: a child that prints blocks when this process is frozen and the pipe is full.
+
+    Args:
+        heard: called when something was printed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heard: Callable[[], None] = lambda: None) -> None:
+        self._heard = heard
         self._end = b""
 
     @contextlib.contextmanager
@@ -90,6 +94,8 @@ class PassedOn:
         except BlockingIOError:
             return False
         self._end = (self._end + data)[-REMEMBERED_BYTES:]
+        if data:
+            self._heard()
         with contextlib.suppress(OSError):  # nobody reads our stderr any more; that is no reason to stop
             sys.stderr.buffer.write(data)
             sys.stderr.buffer.flush()

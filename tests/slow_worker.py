@@ -1,7 +1,8 @@
 """A worker that loads echo models on demand, as processes: ``python -m tests.slow_worker URL POLICY MODEL…``.
 
-A MODEL is ``name:seconds of loading``. POLICY is JSON, or null for an ordinary worker of one model. A model with the
-name of a file in the working folder cannot be loaded: the file says why.
+A MODEL is ``name:seconds of loading``. POLICY is JSON, or null for an ordinary worker of one model; its
+``load_stall_s`` is how long a load may say nothing. A model with the name of a file in the working folder cannot be
+loaded: the file says why.
 """
 
 import json
@@ -43,17 +44,19 @@ def main() -> None:
         name, _, seconds = rest[0].rpartition(":")
         serve(load(name, float(seconds)), Limits(drain_s=3), url, rest[-1])
         return
-    processes = [process(url, policy, model) for model in rest]
-    if (terms := json.loads(policy)) is None:
+    terms = json.loads(policy)
+    load_stall_s = (terms or {}).pop("load_stall_s", 600)
+    processes = [process(url, policy, model, load_stall_s) for model in rest]
+    if terms is None:
         parent.run(processes[0], url)
     else:
         ondemand.run(processes, Policy(**terms), url)
 
 
-def process(url: str, policy: str, model: str) -> EngineProcess:
+def process(url: str, policy: str, model: str, load_stall_s: float) -> EngineProcess:
     command = [sys.executable, "-m", "tests.slow_worker", url, policy, model]
     card = ModelCard(model.rpartition(":")[0], "slow", None, int(time.time()))
-    return EngineProcess(lambda run_id: [*command, "--id", run_id], {}, card, 4, 3, 30)
+    return EngineProcess(lambda run_id: [*command, "--id", run_id], {}, card, 4, 3, 30, load_stall_s)
 
 
 if __name__ == "__main__":

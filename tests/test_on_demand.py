@@ -192,6 +192,24 @@ def test_a_model_that_cannot_be_loaded_is_refused_with_the_reason_and_tried_agai
     assert said(ask(stack, "a", ["x"])) == ["x"]
 
 
+def test_a_load_that_hangs_is_ended_and_the_next_model_has_its_room(stack: Stack) -> None:
+    worker = slow_worker(stack, "a:9999", "b:0.1", policy={"load_stall_s": 3})
+    hanging = begin(stack, "a", ["x"])
+    until_state(stack, "a", "loading")
+    pid = loading_pid(worker)
+    assert said(ask(stack, "b", ["x"])) == ["x"]
+    told = hanging.reply()
+    assert (told.status, told.error()["code"]) == (503, "load_failed")
+    assert "no progress in loading for 3 s" in told.error()["message"]
+    assert not Path(f"/proc/{pid}").exists()
+    assert not stack.redis.exists(keys.model_keys("a").load), "another worker may load it"
+
+
+def test_a_load_that_is_slow_but_gets_on_is_left_alone(stack: Stack) -> None:
+    slow_worker(stack, "a:24", policy={"load_stall_s": 3})  # says how far it is every 1.2 s
+    assert said(ask(stack, "a", ["x"])) == ["x"]
+
+
 def test_the_backoff_of_a_model_that_cannot_be_loaded_grows(stack: Stack) -> None:
     worker = slow_worker(stack, "a:0.1")
     (stack.folder / "a").write_text("no")

@@ -41,6 +41,7 @@ class EngineProcess:
         card: what is known of the model before it is loaded.
         drain_s: how long it may drain.
         stall_s: how long it may be without a heartbeat, once it serves.
+        load_stall_s: how long a load may be silent: no report of its progress, and nothing printed.
     """
 
     command: Callable[[str], Sequence[str]]
@@ -49,6 +50,7 @@ class EngineProcess:
     slots: int
     drain_s: float
     stall_s: float
+    load_stall_s: float = 600.0
 
 
 class Supervised:
@@ -68,7 +70,7 @@ class Supervised:
         self._redis, self._queue, self._registry = redis, Queue(redis), Registry(redis)
         self._told_exit = on_exit
         self._worker_id = ""
-        self._missed = 0
+        self._missed = self._silent = 0  # looks without a heartbeat; looks at a load that said nothing
         self._announced_at = -HEARTBEAT_S
         self._child: Child | None = None
         self._progress = os.pipe()
@@ -79,6 +81,11 @@ class Supervised:
             own, state="idle" if on_demand else "loading", supervisor=own.pid, on_demand=on_demand
         )
         """What is said of it in the registry while it does not speak for itself."""
+
+    @property
+    def stuck(self) -> bool:
+        """Its load is given up: it was silent for too long. Engines that report nothing print what they do."""
+        return self._silent * LOOK_S > self.engine.load_stall_s
 
     @property
     def pid(self) -> int | None:
@@ -92,7 +99,8 @@ class Supervised:
         self._group = group
         environment = {**self.engine.environment, PROGRESS_FD: str(self._progress[1])}
         again = not self.registration.on_demand
-        self._child = Child("engine", self._command, PassedOn(), environment, self._exited, again, self._progress[1:])
+        output = PassedOn(self._heard)
+        self._child = Child("engine", self._command, output, environment, self._exited, again, self._progress[1:])
         self._child.start(group)
 
     async def stop(self, hurry: asyncio.Event) -> None:
@@ -139,8 +147,11 @@ class Supervised:
         self.serving = is_there and self._child is not None and self._child.pid is not None
         if self.serving:
             await self._registry.withdraw(self.registration.worker_id)
-        else:
-            await self.announce()
+            return
+        self._silent += self._child is not None and self._child.pid is not None
+        if self.stuck and self._child is not None:
+            self._child.signal(signal.SIGKILL)
+        await self.announce()
 
     async def announce(self) -> None:
         """Says it now."""
@@ -159,12 +170,16 @@ class Supervised:
         await stopping
 
     def _command(self) -> Sequence[str]:
-        self._worker_id, self.serving, self._missed = process_id("w"), False, 0
+        self._worker_id, self.serving, self._missed, self._silent = process_id("w"), False, 0, 0
         self.registration = replace(self.registration, progress=0.0, phase="")
         return self.engine.command(self._worker_id)
 
     def _exited(self, child: Child, code: int, delay_s: float) -> None:
-        reason = f"no heartbeat for {self.engine.stall_s:g} s" if self._is_dumb else _reason(code, child.last_words())
+        reason = _reason(code, child.last_words())
+        if self._is_dumb:
+            reason = f"no heartbeat for {self.engine.stall_s:g} s"
+        elif self.stuck:
+            reason = f"no progress in loading for {self.engine.load_stall_s:g} s"
         if not self._told_exit(code, reason):
             return
         starts_again_in_s = None if self.registration.on_demand else delay_s
@@ -211,7 +226,12 @@ class Supervised:
             fraction, phase = json.loads(lines[-1])
         except (BlockingIOError, IndexError, TypeError, ValueError):  # half a line: the next one says more
             return
+        self._heard()
         self.registration = replace(self.registration, progress=float(fraction), phase=str(phase))
+
+    def _heard(self) -> None:
+        if not self.stuck:
+            self._silent = 0
 
 
 def _reason(code: int, last_words: str) -> str:

@@ -202,7 +202,7 @@ class OnDemand:
                 await self._refuse(offer)
             if offer.engine.serving and now - offer.served_since > STABLE_S:
                 offer.failures = 0
-            if offer.state == "loading":
+            if offer.state == "loading" and not offer.engine.stuck:
                 await self._redis.pexpire(keys.model_keys(offer.model).load, LOADING_TTL_MS)
             if offer.engine.serving and now - offer.used_at > self._policy.keep_alive_s:
                 self._unload(offer, "nothing to do")
@@ -298,7 +298,7 @@ class OnDemand:
         offer.failures += 1
         if offer.engine.serving:
             backoff = CRASH_BACKOFF_S[min(offer.failures, len(CRASH_BACKOFF_S)) - 1]
-        elif code < 0 and offer.failures < KILLED_TRIES:
+        elif code < 0 and not offer.engine.stuck and offer.failures < KILLED_TRIES:
             backoff = CRASH_BACKOFF_S[0]
         else:
             backoff, offer.refuses = LOAD_BACKOFF_S[min(offer.failures, len(LOAD_BACKOFF_S)) - 1], True

@@ -136,6 +136,46 @@ def test_a_plan_of_a_model_on_the_hub_fetches_headers_and_no_weights(web: Hub) -
     assert not list(cache.rglob("*.safetensors"))
 
 
+@pytest.fixture
+def fine_tune(web: Hub) -> Hub:
+    """The model has no template of its own, and its card names Vicuna as what it was made of."""
+    folder = web.folders["us/tiny"]
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    entries = json.loads((folder / "tokenizer_config.json").read_text())
+    entries.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(entries))
+    (folder / "README.md").write_text("---\nbase_model: lmsys/vicuna-7b-v1.5\n---\nA fine-tune.\n")
+    return web
+
+
+def test_the_card_of_a_model_on_the_hub_names_its_family(fine_tune: Hub) -> None:
+    chat = load("us/tiny", "cpu", options=LoadOptions(revision="v1")).chat
+    assert chat is not None
+    assert (chat.family.name, chat.why) == ("vicuna_v1.1", "the model names the family")
+    assert next(path for path in fine_tune.asked if path.endswith("README.md")) == "/us/tiny/resolve/v1/README.md"
+
+
+def test_a_card_that_was_fetched_once_counts_when_the_hub_is_away(
+    fine_tune: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    load("us/tiny", "cpu")
+    use(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
+    chat = load("us/tiny", "cpu").chat
+    assert chat is not None
+    assert chat.family.name == "vicuna_v1.1"
+
+
+def test_a_template_that_was_asked_for_needs_no_card(fine_tune: Hub) -> None:
+    load("us/tiny", "cpu", options=LoadOptions(chat_template="zephyr"))
+    assert not [path for path in fine_tune.asked if path.endswith("README.md")]
+
+
+def test_a_model_without_template_and_card_is_told_the_ways_out(fine_tune: Hub) -> None:
+    (fine_tune.folders["us/tiny"] / "README.md").unlink()
+    with pytest.raises(ConfigurationError, match=r"no chat template.*Ways out: --chat-template NAME"):
+        load("us/tiny", "cpu")
+
+
 REMOTE = """
 from transformers import LlamaConfig, LlamaForCausalLM
 print("REMOTE CODE RAN")

@@ -24,6 +24,15 @@ def test_fractions_rise_to_one_and_are_told_once_per_percent() -> None:
     assert told[-1] == (1.0, "load")
 
 
+def test_a_slow_percent_is_told_as_it_gets_on_and_not_when_it_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastchat_q.workers.engines.loading.progress.LOG_EVERY_S", 0.0)
+    told: list[tuple[float, str]] = []
+    progress = Progress("m", lambda fraction, phase: told.append((fraction, phase)), terminal=False)
+    for done in (1, 1, 2, 2, 3):
+        progress.report("download", done, 10_000)
+    assert [fraction for fraction, _ in told] == [0.0001, 0.0002, 0.0003]
+
+
 def test_a_load_is_told_tensor_by_tensor_and_leaves_nothing_behind() -> None:
     told: list[tuple[float, str]] = []
     load("tiny", "cpu", on_progress=lambda fraction, phase: told.append((fraction, phase)))

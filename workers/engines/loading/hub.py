@@ -47,6 +47,8 @@ class Files:
     """The name of the one file that is the model, if it is GGUF."""
     pickled: bool = False
     """Its weights are pickles, which was allowed."""
+    repo: str | None = None
+    """Its name on the hub, where it has a model card; None: it lies in a folder of this machine."""
 
 
 def fetch(source: str, options: LoadOptions, progress: Progress) -> Files:
@@ -177,7 +179,7 @@ def _download(repo: str, gguf: str | None, options: LoadOptions, progress: Progr
         repo, revision=options.revision, allow_patterns=sorted(wanted), tqdm_class=progress.bars(total), max_workers=4
     )
     progress.report("download", 1, 1)
-    return Files(Path(folder), gguf, pickled)
+    return Files(Path(folder), gguf, pickled, repo)
 
 
 def _cached(repo: str, gguf: str | None, options: LoadOptions, error: Exception) -> Files:
@@ -186,9 +188,9 @@ def _cached(repo: str, gguf: str | None, options: LoadOptions, error: Exception)
     if not isinstance(path, str):
         raise error
     if gguf is not None:
-        return Files(Path(path).parent, Path(path).name)
+        return Files(Path(path).parent, Path(path).name, repo=repo)
     folder = Path(path).parent
-    return Files(folder, pickled=_is_pickled(repo, {file.name for file in folder.iterdir()}, options))
+    return Files(folder, pickled=_is_pickled(repo, {file.name for file in folder.iterdir()}, options), repo=repo)
 
 
 def _is_pickled(source: str, names: set[str], options: LoadOptions) -> bool:

@@ -105,7 +105,9 @@ def load(
         tokenizer.chat_template = processor.chat_template
     chat = None
     if not isinstance(adapter, adapters.Templates):
-        chat = give_template(tokenizer, source, str(files.folder), entries, options.chat_template)
+        chat = give_template(
+            tokenizer, source, files.repo or str(files.folder), entries, options.chat_template, options.revision
+        )
         log.info("chat template", model=source, family=chat.family.name, template=chat.why)
     torch.nn.Module.eval(model)
     progress.report("load", 1, 1)

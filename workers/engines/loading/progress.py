@@ -14,7 +14,7 @@ log = structlog.get_logger()
 
 Phase = Literal["download", "load"]
 OnProgress = Callable[[float, Phase], None]
-"""Is told the fraction of a phase that is done, 0.0 to 1.0, at most once per percent."""
+"""Is told the fraction of a phase that is done, 0.0 to 1.0: once per percent, and between them that it gets on."""
 
 LOG_EVERY_S = 5.0
 
@@ -27,17 +27,21 @@ class Progress:
         self._tell = on_progress or (lambda fraction, phase: None)
         self._terminal = sys.stderr.isatty() if terminal is None else terminal
         self._last: tuple[Phase, int] | None = None
+        self._done, self._told_at = 0.0, 0.0
         self._logged = time.monotonic()
 
     def report(self, phase: Phase, done: float, total: float) -> None:
         """``done`` of ``total``, in bytes or tensors."""
         fraction = min(1.0, done / total) if total > 0 else 1.0
         step = (phase, int(fraction * 100))
-        if step == self._last:
-            return
-        self._last = step
-        self._tell(fraction, phase)
         now = time.monotonic()
+        if step == self._last:
+            if done != self._done and now - self._told_at >= LOG_EVERY_S:  # a percent of a large model takes minutes
+                self._done, self._told_at = done, now
+                self._tell(fraction, phase)
+            return
+        self._last, self._done, self._told_at = step, done, now
+        self._tell(fraction, phase)
         if not self._terminal and (now - self._logged >= LOG_EVERY_S or fraction == 1.0):
             self._logged = now
             log.info("loading", model=self._model, phase=phase, percent=step[1])

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import structlog
 import torch
 from fastchat_q.workers.adapters import Templates
 from fastchat_q.workers.families import Choice, choose
@@ -17,6 +18,8 @@ from fastchat_q.errors import ContextLengthError, InvalidRequestError
 from fastchat_q.jobs import Job, Message
 
 from .vision import Sight, images
+
+log = structlog.get_logger()
 
 CONTINUE = "continue_final_message"
 """In ``template_kwargs``: the answer goes on where the last message, the assistant's, stops."""
@@ -31,20 +34,26 @@ RESERVED = {
 
 
 def give_template(
-    tokenizer: PreTrainedTokenizerBase, source: str, path: str, config: Mapping[str, Any], wanted: str | None
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    path: str,
+    config: Mapping[str, Any],
+    wanted: str | None,
+    revision: str | None = None,
 ) -> Choice:
     """Chooses the chat template of a model and sets it as its tokenizer's.
 
     Args:
-        path: the folder or hub id that it was loaded from.
+        path: the folder or hub id that it was loaded from: its card is there, and is read only if it can decide.
         config: config.json as it is in the file.
         wanted: ``--chat-template``.
+        revision: of the hub id.
 
     Raises:
         ConfigurationError: there is none.
     """
     own = tokenizer.chat_template
-    card = _model_card(path) if own is None and wanted is None else {}
+    card = _model_card(path, revision) if own is None and wanted is None else {}
     choice = choose(wanted, own, config.get("model_type"), declared_names(source, config, card), source)
     tokenizer.chat_template = choice.template
     return choice
@@ -308,14 +317,15 @@ def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-def _model_card(path: str) -> dict[str, Any]:
+def _model_card(path: str, revision: str | None) -> dict[str, Any]:
     """The head of the model's README.md; empty if there is none or it cannot be had."""
     from huggingface_hub import hf_hub_download, metadata_load
 
     try:
         local = Path(path)
-        file = local / "README.md" if local.is_dir() else Path(hf_hub_download(path, "README.md"))
+        file = local / "README.md" if local.is_dir() else Path(hf_hub_download(path, "README.md", revision=revision))
         head = metadata_load(file) if file.is_file() else None
-    except Exception:  # offline, gated, no such file, no YAML: the card is a help, not a need
+    except Exception as error:  # offline, gated, no such file, no YAML: the card is a help, not a need
+        log.info("no model card", model=path, why=str(error).partition("\n")[0])
         return {}
     return head or {}

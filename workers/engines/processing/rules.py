@@ -45,8 +45,11 @@ class ModelRules:
     @classmethod
     def of(cls, model: PreTrainedModel) -> "ModelRules | None":
         """None: its generation_config has none of them, as is usual."""
-        rules = cls(model.generation_config, model.device, decoder_start(model)) if model.generation_config else None
-        return rules if rules is not None and rules.row([], 1).chain else None
+        config = getattr(model, "generation_config", None)  # a model of an adapter need not have one
+        if config is None:
+            return None
+        rules = cls(config, model.device, decoder_start(model))
+        return rules if rules.row([], 1).chain else None
 
     def row(self, prompt: list[int], limit: int) -> Rules:
         """The rules for a row that may generate ``limit`` tokens, in the order of ``generate``."""

@@ -49,7 +49,7 @@ class Intake:
             log.warning("vLLM loads and runs the model itself; of its adapter only the template is used", model=source)
         chat: Chat | None = None
         if not isinstance(adapter, adapters.Templates):
-            chat = give_template(tokenizer, source, source, about, options.chat_template)
+            chat = give_template(tokenizer, source, source, about, options.chat_template, options.revision)
             log.info("chat template", model=source, family=chat.family.name, template=chat.why)
         written = written_by(options, chat)
         self._context: int = config.max_model_len
