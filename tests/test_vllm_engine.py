@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]  #
 CONTEXT = 512
 STARTUP_S = 400.0
 LONG = " ".join(f"word{n}" for n in range(20))
-OPTIONS = WorkerOptions("", "tiny", "vllm", 16, "auto", "float32", None, 0.0, LoadOptions(max_model_len=CONTEXT))
+OPTIONS = WorkerOptions("", "tiny", "vllm", 16, "auto", "float32", load=LoadOptions(max_model_len=CONTEXT))
 EAGER = ("enforce-eager=true",)
 """Without compilation, which takes a minute and changes the order of sums."""
 
