@@ -97,7 +97,7 @@ def test_what_would_be_dropped_is_not_in_the_table(engine: EngineName, name: str
 
 
 def test_the_refusal_says_the_way_out() -> None:
-    with pytest.raises(ConfigurationError, match="only for --engine transformers. Leave it out"):
+    with pytest.raises(ConfigurationError, match=r"only for --engine transformers\. Leave it out"):
         given("echo", "kv_memory")
     with pytest.raises(ConfigurationError, match="--engine-arg KEY=VALUE"):
         given("vllm", "quantization")

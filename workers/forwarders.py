@@ -46,7 +46,7 @@ def build(options: WorkerOptions, name: str, slots: int) -> Engine:
             f"pip install 'fastchat-q[{options.engine}]'."
         ) from error
     upstream = module.Upstream(options.model, options.upstream.base_url, _key(options, kind))
-    more = {"threads": options.threads} if options.engine == "llama-cpp" else {}
+    more = {"options": options} if options.engine == "llama-cpp" else {}
     engine: Engine = module.connect(name, slots, upstream, **more)
     return engine
 

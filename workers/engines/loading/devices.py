@@ -76,8 +76,7 @@ def place(device: torch.device, options: LoadOptions) -> Placement:
         )
     if not on_cpu and options.max_cpu_memory is not None and not options.cpu_offload:
         raise ConfigurationError(
-            "--max-cpu-memory is for weights in main memory, and all of them go to the GPU: add --cpu-offload, or leave "
-            "it out."
+            "--max-cpu-memory is for weights in main memory, and all go to the GPU: add --cpu-offload, or leave it out."
         )
     asked = (options.num_gpus or 1) > 1 or options.max_gpu_memory or options.cpu_offload
     budgets: dict[str, int] = {}
