@@ -34,6 +34,8 @@ Quantization = Literal[
 """``auto``: as the checkpoint is. bitsandbytes and torchao quantise while loading, the rest are kinds of checkpoint."""
 Role = Literal["api", "worker", "orchestrator", "metrics", "admin"]
 """Kinds of process, and ``admin`` for people, that have a Redis user each."""
+DialectName = Literal["vllm", "sglang", "llamacpp", "ollama", "openai", "fastchat-q"]
+"""Kinds of servers that speak OpenAI's API."""
 TOKEN_DELAY_MS = 20.0
 """Pace of the echo engine."""
 ServerVersion = Literal["6.2", "7.0"]
@@ -101,6 +103,9 @@ class UpstreamOptions:
     api_key_env: str | None = field(
         default=None, metadata=_help("Forwarding engines: the environment variable that holds the server's key.")
     )
+    dialect: DialectName | None = field(
+        default=None, metadata=_help("openai: the kind of server. [default: what its list of models says]")
+    )
 
 
 NO_UPSTREAM = UpstreamOptions()
@@ -134,7 +139,7 @@ UNDERSTOOD: dict[EngineName, frozenset[str]] = {
     "rerank": _OURS | {"batch_tokens"},
     "vllm": _PLACED | {"num_gpus", "chat_template", "engine_arg", "lora"},
     "echo": frozenset({"token_delay_ms"}),
-    "openai": _SERVER,
+    "openai": _SERVER | {"dialect"},
     "anthropic": _SERVER,
     "gemini": _SERVER,
     "llama-cpp": frozenset({"device", "threads", "max_model_len"}),

@@ -32,7 +32,7 @@ LOAD: dict[str, Any] = {
     "max_model_len": 77,
     "kv_memory": "8GiB",
 }
-UPSTREAM: dict[str, Any] = {"base_url": "http://x/v1", "api_key_env": "KEY"}
+UPSTREAM: dict[str, Any] = {"base_url": "http://x/v1", "api_key_env": "KEY", "dialect": "vllm"}
 ENCODER: dict[str, Any] = {"pooling": "cls", "prompt_name": "query", "batch_tokens": 9}
 OWN: dict[str, Any] = {
     "device": "cuda",

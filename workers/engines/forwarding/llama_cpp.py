@@ -23,11 +23,11 @@ from fastchat_q.errors import ConfigurationError
 from fastchat_q.registry import ModelCard
 
 from . import llama_cpp_server
-from .openai import FEATURES, OpenAIEngine, context_length_of
-from .openai_request import DIALECTS
+from .dialects import DIALECTS
+from .openai import OpenAIEngine, context_length_of
 from .remote import Upstream
 
-TEXT_FEATURES = tuple(feature for feature in FEATURES if feature != "vision")
+TEXT_FEATURES = tuple(feature for feature in DIALECTS["llamacpp"].features if feature != "vision")
 """Its server is started without the projector that a model needs for images."""
 CONTEXT = 8192
 """Tokens of context for each slot, unless told otherwise; or what the model was trained with if that is less."""
