@@ -238,6 +238,7 @@ class ChatRequest(Strict):
             "repetition_penalty": self.repetition_penalty,
             "logit_bias": self.logit_bias,
             "seed": secrets.randbits(63) if self.seed is None else self.seed,
+            "seeded": self.seed is not None or None,
             "stop": stop,
             "stop_token_ids": self.stop_token_ids,
             "ignore_eos": self.ignore_eos,
@@ -251,5 +252,4 @@ class ChatRequest(Strict):
         kwargs = dict(self.chat_template_kwargs or {})
         if self.reasoning_effort is not None:
             kwargs["reasoning_effort"] = self.reasoning_effort
-            kwargs.setdefault("enable_thinking", self.reasoning_effort != "none")
         return kwargs

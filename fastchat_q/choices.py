@@ -1,8 +1,8 @@
 """What may be chosen on the command line. Here, so that the command line need not import what it runs."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from .errors import ConfigurationError
 from .models import served_name
@@ -34,6 +34,10 @@ Quantization = Literal[
 """``auto``: as the checkpoint is. bitsandbytes and torchao quantise while loading, the rest are kinds of checkpoint."""
 Role = Literal["api", "worker", "orchestrator", "metrics", "admin"]
 """Kinds of process, and ``admin`` for people, that have a Redis user each."""
+DialectName = Literal["vllm", "sglang", "llamacpp", "ollama", "openai", "fastchat-q"]
+"""Kinds of servers that speak OpenAI's API."""
+TOKEN_DELAY_MS = 20.0
+"""Pace of the echo engine."""
 ServerVersion = Literal["6.2", "7.0"]
 JobFilter = Literal["running", "queued", "delayed", "parked"]
 """Jobs that have not ended: ``queued`` is all that wait, ``delayed`` and ``parked`` are those that are not in line."""
@@ -99,6 +103,9 @@ class UpstreamOptions:
     api_key_env: str | None = field(
         default=None, metadata=_help("Forwarding engines: the environment variable that holds the server's key.")
     )
+    dialect: DialectName | None = field(
+        default=None, metadata=_help("openai: the kind of server. [default: what its list of models says]")
+    )
 
 
 NO_UPSTREAM = UpstreamOptions()
@@ -121,18 +128,49 @@ class EncoderOptions:
 AS_THE_CHECKPOINT_SAYS = EncoderOptions()
 
 
+_PLACED = frozenset({"device", "dtype", "threads", "trust_remote_code", "revision", "max_model_len"})
+_OURS = _PLACED | {
+    *("quantization", "num_gpus", "max_gpu_memory", "cpu_offload", "max_cpu_memory", "offload_dir", "allow_pickle"),
+}
+_SERVER = frozenset({"base_url", "api_key_env"})
+UNDERSTOOD: dict[EngineName, frozenset[str]] = {
+    "transformers": _OURS | {"chat_template", "tool_call_parser", "reasoning_parser", "kv_memory", "lora"},
+    "embeddings": _OURS | {"pooling", "prompt_name", "batch_tokens"},
+    "rerank": _OURS | {"batch_tokens"},
+    "vllm": _PLACED | {"num_gpus", "chat_template", "tool_call_parser", "reasoning_parser", "engine_arg", "lora"},
+    "echo": frozenset({"token_delay_ms"}),
+    "openai": _SERVER | {"dialect"},
+    "anthropic": _SERVER,
+    "gemini": _SERVER,
+    "llama-cpp": frozenset({"device", "threads", "max_model_len"}),
+}
+"""Which engine does something with which option; model, name and slots are for all."""
+INSTEAD: dict[EngineName, str] = {
+    "vllm": "vLLM has options of its own for most such things: --engine-arg KEY=VALUE.",
+    "llama-cpp": "llama.cpp takes what is in the file, and every GPU that it sees: CUDA_VISIBLE_DEVICES=0,1.",
+    "openai": "The server behind has its own.",
+    "anthropic": "The server behind has its own.",
+    "gemini": "The server behind has its own.",
+}
+"""The way out, where it is not another engine."""
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """What a worker is told on its command line."""
+    """What a worker is told on its command line.
+
+    Raises:
+        ConfigurationError: the engine would not do anything with one of them.
+    """
 
     model: str
-    name: str | None
-    engine: EngineName
-    slots: int | None
-    device: Device
-    dtype: Dtype
-    threads: int | None
-    token_delay_ms: float
+    name: str | None = None
+    engine: EngineName = "transformers"
+    slots: int | None = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    threads: int | None = None
+    token_delay_ms: float = TOKEN_DELAY_MS
     load: LoadOptions = AS_IT_IS
     upstream: UpstreamOptions = NO_UPSTREAM
     engine_arg: tuple[str, ...] = ()
@@ -140,6 +178,16 @@ class WorkerOptions:
     lora: tuple[str, ...] = ()
     """LoRA adapters of the model, as ``name=source``."""
     encoder: EncoderOptions = AS_THE_CHECKPOINT_SAYS
+
+    def __post_init__(self) -> None:
+        understood = UNDERSTOOD[self.engine] | {"model", "name", "engine", "slots"}
+        if unknown := set(given(self)) - understood:
+            name = min(unknown)
+            engines = [engine for engine in UNDERSTOOD if name in UNDERSTOOD[engine]]
+            way_out = INSTEAD.get(
+                self.engine, f"Leave it out, or take {'that' if len(engines) == 1 else 'such an'} engine."
+            )
+            refuse(name, f"--engine {self.engine}", f"only for --engine {', '.join(engines)}. {way_out}")
 
     @property
     def served_as(self) -> str:
@@ -188,6 +236,31 @@ class DemandOptions:
         words = [word for model in self.more for word in ("--model", model)]
         words += ["--on-demand"] if self.on_demand else []
         return [*words, "--keep-alive", self.keep_alive, "--max-loaded", str(self.max_loaded)]
+
+
+def given(options: Any) -> Iterator[str]:
+    """The options that ask for something: those that are not their default."""
+    for entry in fields(options):
+        value = getattr(options, entry.name)
+        if is_dataclass(value):
+            yield from given(value)
+        elif value != entry.default:
+            yield entry.name
+
+
+def check_understood(options: LoadOptions, understood: Collection[str], whose: str, way_out: str) -> None:
+    """Refuses options of loading that were given and would be dropped.
+
+    Raises:
+        ConfigurationError: it names the first of them.
+    """
+    if unknown := set(given(options)) - set(understood):
+        refuse(min(unknown), whose, way_out)
+
+
+def refuse(name: str, whose: str, way_out: str) -> NoReturn:
+    """Raises the ConfigurationError for an option that would be dropped."""
+    raise ConfigurationError(f"{flag(name)} is not for {whose}: {way_out}")
 
 
 def _words(options: Any) -> Iterator[str]:

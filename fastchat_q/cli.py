@@ -10,6 +10,7 @@ import typer
 from . import __version__, cli_dead, cli_jobs, cli_keys, cli_models, cli_queue
 from .choices import (
     KIND_OF_ENGINE,
+    TOKEN_DELAY_MS,
     DemandOptions,
     Device,
     Dtype,
@@ -135,7 +136,7 @@ def up(
     device: OnDevice = "auto",
     dtype: InDtype = "auto",
     threads: Threads = None,
-    token_delay_ms: TokenDelay = 20.0,
+    token_delay_ms: TokenDelay = TOKEN_DELAY_MS,
     on_demand: OnDemand = False,
     keep_alive: KeepAlive = "5m",
     max_loaded: MaxLoaded = 1,
@@ -203,7 +204,7 @@ def worker(
     device: OnDevice = "auto",
     dtype: InDtype = "auto",
     threads: Threads = None,
-    token_delay_ms: TokenDelay = 20.0,
+    token_delay_ms: TokenDelay = TOKEN_DELAY_MS,
     on_demand: OnDemand = False,
     keep_alive: KeepAlive = "5m",
     max_loaded: MaxLoaded = 1,

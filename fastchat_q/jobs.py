@@ -87,6 +87,8 @@ class Sampling(_Frozen):
     repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
     logit_bias: dict[int, float] = Field(default_factory=dict)
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
+    seeded: bool = False
+    """The client named the seed; else it was drawn, and a server that takes none loses nothing that was asked for."""
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -132,7 +134,7 @@ class Job(_Frozen):
     """``auto``, ``none``, ``required``, or ``function:<name>``."""
     parallel_tool_calls: bool = True
     template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """For the chat template, such as ``enable_thinking``."""
+    """For the chat template, such as ``enable_thinking``, and ``reasoning_effort``: what the client sent."""
     inputs: tuple[str | tuple[int, ...], ...] = ()
     """Texts or token ids to embed, or documents to rank."""
     query: str | None = None
@@ -145,6 +147,13 @@ class Job(_Frozen):
         if not (self.messages if self.kind == "chat" else self.inputs):
             raise ValueError(f"a job of kind {self.kind} needs {'messages' if self.kind == 'chat' else 'inputs'}")
         return self
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """What a chat template gets: many know an effort only as ``enable_thinking``."""
+        effort = self.template_kwargs.get("reasoning_effort")
+        thinking = {} if effort is None else {"enable_thinking": effort != "none"}
+        return {**thinking, **self.template_kwargs}
 
     @property
     def cost(self) -> int:

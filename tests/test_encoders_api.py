@@ -158,4 +158,4 @@ def test_models_for_vectors_are_loaded_on_demand(stack: Stack, models: Path, ref
 def test_options_of_encoders_are_refused_for_other_engines(stack: Stack) -> None:
     worker = stack.start("wrong", "worker", "--engine", "echo", "--model", "echo", "--pooling", "cls")
     assert worker.wait() == 2
-    assert "--pooling, --prompt-name and --batch-tokens are for --engine embeddings" in worker.output()
+    assert "--pooling is not for --engine echo: only for --engine embeddings." in worker.output()

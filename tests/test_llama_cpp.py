@@ -3,12 +3,17 @@
 import os
 import shutil
 import signal
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from fastchat_q.workers.main import build_engine
+
+from fastchat_q.choices import LoadOptions, WorkerOptions
+from fastchat_q.errors import ConfigurationError
 
 from . import tiny_gguf
 from .http_client import get
@@ -112,3 +117,30 @@ def test_a_file_that_is_not_there_is_one_clear_line(stack: Stack, folder: Path) 
     worker = stack.start("none", "worker", "--model", str(folder / "none.gguf"), *FLAGS)
     assert worker.wait() == 2
     assert "there is no such file" in worker.output()
+
+
+LISTENS = """#!/bin/sh
+echo "$@" > "{said}"
+exit 1
+"""
+
+
+def test_context_and_device_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = tmp_path / "said"
+    program = tmp_path / "llama-server"
+    program.write_text(LISTENS.format(said=said))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    model = tmp_path / "m.gguf"
+    model.touch()
+    options = WorkerOptions(
+        str(model), engine="llama-cpp", slots=2, device="cpu", threads=3, load=LoadOptions(max_model_len=512)
+    )
+    with pytest.raises(ConfigurationError, match="cannot serve the model"):
+        build_engine(options)
+    wait_until(said.exists, "it was started")
+    words = said.read_text()
+    assert "--ctx-size 1024 --threads 3 " in words
+    assert "--n-gpu-layers 0" in words
+    with pytest.raises(ConfigurationError, match="--device cuda: "):
+        build_engine(replace(options, device="cuda"))

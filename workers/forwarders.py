@@ -45,8 +45,9 @@ def build(options: WorkerOptions, name: str, slots: int) -> Engine:
             f"The {options.engine} engine needs {error.name}, which is not installed: "
             f"pip install 'fastchat-q[{options.engine}]'."
         ) from error
-    upstream = module.Upstream(options.model, options.upstream.base_url, _key(options, kind))
-    more = {"threads": options.threads} if options.engine == "llama-cpp" else {}
+    server = options.upstream
+    upstream = module.Upstream(options.model, server.base_url, _key(options, kind), server.dialect)
+    more = {"options": options} if options.engine == "llama-cpp" else {}
     engine: Engine = module.connect(name, slots, upstream, **more)
     return engine
 

@@ -9,7 +9,7 @@ import sys
 import structlog
 import uvloop
 
-from fastchat_q.choices import AS_THE_CHECKPOINT_SAYS, KIND_OF_ENGINE, WorkerOptions
+from fastchat_q.choices import KIND_OF_ENGINE, UNDERSTOOD, WorkerOptions, check_understood
 from fastchat_q.errors import ConfigurationError
 from fastchat_q.sizes import parse_bytes
 
@@ -69,16 +69,8 @@ def serve(engine: Engine, limits: Limits, redis_url: str, worker_id: str | None)
 def build_engine(options: WorkerOptions) -> Engine:
     """Loads the chosen engine; heavy imports happen here and only here."""
     name = options.served_as
-    if options.engine not in KIND_OF_ENGINE and options.encoder != AS_THE_CHECKPOINT_SAYS:
-        raise ConfigurationError(
-            f"--pooling, --prompt-name and --batch-tokens are for --engine embeddings and rerank, not {options.engine}."
-        )
     if options.engine == "vllm":
         return _vllm(options, name)
-    if options.engine_arg:
-        raise ConfigurationError(f"--engine-arg is for --engine vllm; {options.engine} has no such options.")
-    if options.lora and options.engine != "transformers":
-        raise ConfigurationError(f"--lora is for --engine transformers and vllm; {options.engine} has no adapters.")
     slots = options.slots or DEFAULT_SLOTS[options.engine]
     if options.engine == "echo":
         from .engines.echo import EchoEngine
@@ -112,11 +104,16 @@ def build_engine(options: WorkerOptions) -> Engine:
         if options.lora:
             raise ConfigurationError(f"--lora: {options.model!r} is run by Python code of its own, without adapters.")
 
-        return AdaptedEngine(name, slots, loaded, loaded.adapter)
-    asked = options.load.kv_memory
-    kv_bytes = parse_bytes(asked, "--kv-memory") if asked is not None else None
-    adapters = lora.load(loaded.model, options.model, folders)
-    return transformers_engine.build(name, slots, loaded, kv_bytes, adapters)
+        engine: Engine = AdaptedEngine(name, slots, loaded, loaded.adapter)
+    else:
+        asked = options.load.kv_memory
+        kv_bytes = parse_bytes(asked, "--kv-memory") if asked is not None else None
+        adapters = lora.load(loaded.model, options.model, folders)
+        engine = transformers_engine.build(name, slots, loaded, kv_bytes, adapters)
+    if engine.card.batching == "generate":
+        uncounted = "it goes through generate, where nobody counts keys and values. Leave it out."
+        check_understood(options.load, UNDERSTOOD["transformers"] - {"kv_memory"}, repr(options.model), uncounted)
+    return engine
 
 
 def _vllm(options: WorkerOptions, name: str) -> Engine:

@@ -11,6 +11,7 @@ from fastchat_q.workers.engines.loading.model import Loaded, load
 from fastchat_q.workers.engines.processing.rendering import Renderer
 from transformers import AutoTokenizer
 
+from fastchat_q.choices import LoadOptions
 from fastchat_q.errors import ConfigurationError, InvalidRequestError
 from fastchat_q.jobs import Job, Message
 from tests.families.adapter_package import install
@@ -137,6 +138,9 @@ def test_an_adapter_that_only_loads_gets_the_usual_template_and_engine(site: Pat
         "        return model, AutoTokenizer.from_pretrained(path)\n"
     )
     install(site, "only_loads", code, "only_loads:Adapter")
+    for unheard in (LoadOptions(quantization="torchao-int8wo"), LoadOptions(max_cpu_memory="9GiB")):
+        with pytest.raises(ConfigurationError, match="is not for 'tiny': its adapter loads it"):
+            load("tiny", "cpu", options=unheard)
     loaded = load("tiny", "cpu", "float32")
     assert loaded.context_length == 77
     assert loaded.model.dtype == torch.float32

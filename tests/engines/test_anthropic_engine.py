@@ -187,12 +187,26 @@ def test_the_length_of_an_answer_is_the_models_where_the_job_sets_none() -> None
         (Sampling(ignore_eos=True), "ignore_eos"),
         (Sampling(temperature=1.5), "temperature"),
         (Sampling(guide=Guide(kind="regex", value="a")), "response_format"),
+        (Sampling(seed=5, seeded=True), "seed"),
     ],
 )
 def test_what_the_api_does_not_have_is_refused_by_name(sampling: Sampling, param: str) -> None:
     with pytest.raises(InvalidRequestError) as raised:
         request_body(job("j").model_copy(update={"sampling": sampling}), "claude", 10, {})
     assert raised.value.param == param
+
+
+@pytest.mark.parametrize("arguments", [{"a": 1}, {"enable_thinking": "yes"}])
+def test_arguments_that_no_template_takes_are_refused(arguments: dict[str, Any]) -> None:
+    one = job("j").model_copy(update={"template_kwargs": arguments})
+    with pytest.raises(InvalidRequestError, match=f"'{next(iter(arguments))}'") as raised:
+        request_body(one, "claude", 10, {})
+    assert raised.value.param == "chat_template_kwargs"
+
+
+def test_the_least_effort_is_the_least_that_the_api_has() -> None:
+    one = job("j").model_copy(update={"template_kwargs": {"reasoning_effort": "minimal"}})
+    assert request_body(one, "claude", 10, {})["output_config"] == {"effort": "low"}
 
 
 def test_a_schema_is_the_output_format() -> None:

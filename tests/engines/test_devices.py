@@ -71,6 +71,18 @@ def test_several_gpus_share_the_layers_and_main_memory_gets_none_unasked() -> No
         place(CUDA, LoadOptions(num_gpus=3))
 
 
+@pytest.mark.usefixtures("two_gpus")
+def test_room_in_main_memory_is_refused_where_nothing_would_lie_in_it() -> None:
+    with pytest.raises(ConfigurationError, match=r"--max-cpu-memory is for .*--cpu-offload"):
+        place(CUDA, LoadOptions(max_cpu_memory="16GiB"))
+
+
+def test_mps_is_one_gpu_and_no_more() -> None:
+    assert devices.gpus(torch.device("mps"), 1) == ["mps"]
+    with pytest.raises(ConfigurationError, match="--num-gpus 2: this machine shows 1"):
+        devices.gpus(torch.device("mps"), 2)
+
+
 def test_the_free_memory_of_this_machine_is_some_and_not_more_than_there_is() -> None:
     here = free_memory(CPU)
     assert 0 < here.free <= here.total

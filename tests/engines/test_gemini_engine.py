@@ -124,6 +124,22 @@ def test_what_the_api_does_not_have_is_refused_by_name(sampling: Sampling, param
     assert raised.value.param == param
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": (TOOL,), "parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"template_kwargs": {"reasoning_effort": "xhigh"}}, "reasoning_effort"),
+        ({"template_kwargs": {"reasoning_effort": "max"}}, "reasoning_effort"),
+        ({"template_kwargs": {"a": 1}}, "chat_template_kwargs"),
+        ({"template_kwargs": {"enable_thinking": 1}}, "chat_template_kwargs"),
+    ],
+)
+def test_so_are_calls_one_at_a_time_and_thinking_that_it_does_not_know(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequestError) as raised:
+        config(job("j").model_copy(update=fields))
+    assert raised.value.param == param
+
+
 def failed(status: int, name: str, message: str) -> Reply:
     body = {"error": {"code": status, "message": message, "status": name}}
     return Reply(body, status, {"retry-after": "3"})

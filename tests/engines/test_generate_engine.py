@@ -1,12 +1,16 @@
 """What the step loop cannot run goes through `generate`, and means the same: sampling, resuming, cancelling."""
 
+from pathlib import Path
+
 import pytest
 from fastchat_q.workers.engines.batching.engine import TransformersEngine, build
 from fastchat_q.workers.engines.batching.generate import GenerateEngine
 from fastchat_q.workers.engines.loading.model import Loaded
+from fastchat_q.workers.main import build_engine
 from transformers import PreTrainedTokenizerBase
 
-from fastchat_q.errors import JobFailedError
+from fastchat_q.choices import LoadOptions, WorkerOptions
+from fastchat_q.errors import ConfigurationError, JobFailedError
 from fastchat_q.events import Usage
 
 from .conftest import Drive
@@ -101,3 +105,11 @@ def test_choices_differ_and_end_together(running: Driver) -> None:
     assert [len(one) for one in ids] == [6, 6, 6]
     assert len(set(ids)) == 3
     assert [piece.finish for piece in answer.pieces if piece.finish] == ["length"] * 3
+
+
+def test_memory_for_keys_and_values_is_refused_where_nobody_counts_them(tmp_path: Path, t5: Loaded) -> None:
+    t5.model.save_pretrained(tmp_path)
+    t5.tokenizer.save_pretrained(tmp_path)
+    options = WorkerOptions(str(tmp_path), device="cpu", threads=1, load=LoadOptions(kv_memory="1GiB"))
+    with pytest.raises(ConfigurationError, match=r"--kv-memory is not for .* goes through generate"):
+        build_engine(options)

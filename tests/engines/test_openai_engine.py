@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from fastchat_q.workers.engines.base import UPSTREAM_BUSY, Request
+from fastchat_q.workers.engines.forwarding.dialects import DIALECTS, PLAIN
 from fastchat_q.workers.engines.forwarding.openai import connect
-from fastchat_q.workers.engines.forwarding.openai_request import DIALECTS, PLAIN, request_body
+from fastchat_q.workers.engines.forwarding.openai_request import request_body
 from fastchat_q.workers.engines.forwarding.remote import Trouble, Upstream, job_error, retry_after_s
 
 from fastchat_q.errors import ConfigurationError, InvalidRequestError, RetryableError
@@ -76,6 +77,10 @@ def forwarding(*replies: Reply, owner: str = "someone") -> Iterator[tuple[Driver
             engine.stop()
 
 
+def with_sampling(**fields: Any) -> Job:
+    return job("j").model_copy(update={"sampling": Sampling(**fields)})
+
+
 def resumed(driver: Driver, one: Job, *prior: Piece) -> Answer:
     driver.take(Request(one, one.id, prior))
     return driver.wait(one.id)[0]
@@ -109,7 +114,7 @@ FULL = Job(
 
 
 def test_all_that_a_job_says_is_sent() -> None:
-    assert request_body(FULL, "theirs", PLAIN, {"abc": PNG}) == {
+    assert request_body(FULL, "theirs", DIALECTS["fastchat-q"], {"abc": PNG}) == {
         "model": "theirs",
         "messages": [
             {"role": "system", "content": "Be brief."},
@@ -160,18 +165,120 @@ def test_what_a_job_does_not_set_is_not_sent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("guide", "field"),
+    ("dialect", "guide", "field"),
     [
-        (Guide(kind="json_object"), {"response_format": {"type": "json_object"}}),
-        (Guide(kind="regex", value="a+"), {"structured_outputs": {"regex": "a+"}}),
-        (Guide(kind="choice", value='["a", "b"]'), {"structured_outputs": {"choice": ["a", "b"]}}),
-        (Guide(kind="grammar", value="start: 'a'"), {"structured_outputs": {"grammar": "start: 'a'"}}),
+        ("vllm", Guide(kind="json_object"), {"response_format": {"type": "json_object"}}),
+        ("vllm", Guide(kind="regex", value="a+"), {"structured_outputs": {"regex": "a+"}}),
+        ("vllm", Guide(kind="choice", value='["a", "b"]'), {"structured_outputs": {"choice": ["a", "b"]}}),
+        ("vllm", Guide(kind="grammar", value="start: 'a'"), {"structured_outputs": {"grammar": "start: 'a'"}}),
+        ("sglang", Guide(kind="regex", value="a+"), {"regex": "a+"}),
+        ("sglang", Guide(kind="choice", value='["a.", "b"]'), {"regex": r"(a\.|b)"}),
+        ("llamacpp", Guide(kind="json_object"), {"response_format": {"type": "json_object"}}),
     ],
 )
-def test_guides_that_openai_cannot_say_are_said_as_vllm_does(guide: Guide, field: dict[str, Any]) -> None:
-    one = job("j").model_copy(update={"sampling": Sampling(guide=guide)})
-    body = request_body(one, "m", PLAIN, {})
+def test_guides_that_openai_cannot_say_are_said_as_the_server_does(
+    dialect: str, guide: Guide, field: dict[str, Any]
+) -> None:
+    body = request_body(with_sampling(guide=guide), "m", DIALECTS[dialect], {})
     assert field.items() <= body.items()
+
+
+@pytest.mark.parametrize(
+    ("dialect", "fields", "param"),
+    [
+        ("llamacpp", {"guide": Guide(kind="regex", value="a")}, "structured_outputs"),
+        ("llamacpp", {"min_tokens": 2}, "min_tokens"),
+        ("llamacpp", {"stop_token_ids": (2,)}, "stop_token_ids"),
+        ("sglang", {"guide": Guide(kind="grammar", value="a")}, "structured_outputs"),
+        ("ollama", {"top_k": 5}, "top_k"),
+        ("ollama", {"logit_bias": {1: 1.0}}, "logit_bias"),
+        ("ollama", {"n": 2}, "n"),
+        ("ollama", {"repetition_penalty": 1.1}, "repetition_penalty"),
+        ("openai", {"top_k": 5}, "top_k"),
+        ("openai", {"ignore_eos": True}, "ignore_eos"),
+        ("plain", {"min_p": 0.5}, "min_p"),
+        ("plain", {"guide": Guide(kind="choice", value='["a"]')}, "structured_outputs"),
+    ],
+)
+def test_what_a_kind_of_server_would_ignore_is_refused_by_name(
+    dialect: str, fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        request_body(with_sampling(**fields), "m", DIALECTS.get(dialect, PLAIN), {})
+    assert (refused.value.param, refused.value.code) == (param, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("dialect", "fields", "param"),
+    [
+        ("ollama", {"tools": (TOOL,), "tool_choice": "required"}, "tool_choice"),
+        ("ollama", {"tools": (TOOL,), "parallel_tool_calls": False}, "parallel_tool_calls"),
+        ("openai", {"template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ("plain", {"template_kwargs": {"a": 1}}, "chat_template_kwargs"),
+    ],
+)
+def test_so_are_tools_and_template_arguments(dialect: str, fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        request_body(job("j").model_copy(update=fields), "m", DIALECTS.get(dialect, PLAIN), {})
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("owner", "has", "lacks"),
+    [
+        ("vllm", {"sampling", "n", "structured_outputs", "vision"}, set()),
+        ("llamacpp", {"sampling", "structured_outputs", "tools"}, set()),
+        ("library", {"structured_outputs", "tools", "penalties"}, {"sampling", "n", "logprobs"}),
+        ("system", {"n", "logprobs", "tools", "reasoning", "penalties"}, {"sampling"}),
+        ("someone", {"n", "logprobs", "tools", "reasoning", "penalties"}, {"sampling"}),
+        ("fastchat-q", {"sampling", "n"}, set()),
+    ],
+)
+def test_a_card_claims_what_its_kind_of_server_honours(owner: str, has: set[str], lacks: set[str]) -> None:
+    with forwarding(answer(), owner=owner) as (driver, _):
+        features = set(driver.engine.card.features)
+    assert features >= has
+    assert not features & lacks
+
+
+def test_a_server_that_is_told_by_its_operator_is_of_that_kind() -> None:
+    with scripted(lambda _: models(owner="a-proxy")) as server:
+        engine = connect("m", 1, Upstream("m", f"{server.base}/v1", KEY, "vllm"))
+    assert "sampling" in engine.card.features
+    assert engine.dialect == DIALECTS["vllm"]
+
+
+def test_a_function_by_name_is_the_only_one_for_a_server_that_knows_no_names() -> None:
+    other = {"type": "function", "function": {"name": "other", "parameters": {"type": "object"}}}
+    one = job("j").model_copy(update={"tools": (TOOL, other), "tool_choice": "function:weather"})
+    body = request_body(one, "m", DIALECTS["llamacpp"], {})
+    assert (body["tools"], body["tool_choice"]) == ([TOOL], "required")
+
+
+def test_effort_goes_where_a_server_takes_it_and_nothing_beside_it() -> None:
+    one = job("j").model_copy(update={"template_kwargs": {"reasoning_effort": "low"}})
+    for dialect in (DIALECTS["openai"], DIALECTS["vllm"], DIALECTS["ollama"], PLAIN):
+        body = request_body(one, "m", dialect, {})
+        assert body["reasoning_effort"] == "low"
+        assert "chat_template_kwargs" not in body
+    body = request_body(one, "m", DIALECTS["llamacpp"], {})
+    assert "reasoning_effort" not in body
+    assert body["chat_template_kwargs"] == {"reasoning_effort": "low", "enable_thinking": True}
+
+
+def test_defaults_of_the_reference_are_said_to_servers_that_have_their_own() -> None:
+    ours = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    for dialect in ("vllm", "sglang"):
+        assert ours.items() <= request_body(with_sampling(), "m", DIALECTS[dialect], {}).items()
+        assert request_body(with_sampling(top_k=7), "m", DIALECTS[dialect], {})["top_k"] == 7
+    llama = request_body(with_sampling(), "m", DIALECTS["llamacpp"], {})
+    assert (llama["top_k"], llama["min_p"], llama["repeat_penalty"]) == (0, 0.0, 1.0)
+
+
+def test_a_least_length_that_is_reached_is_not_asked_for_again() -> None:
+    one = with_sampling(min_tokens=5, max_tokens=9)
+    assert request_body(one, "m", DIALECTS["vllm"], {}, "abc", 3)["min_tokens"] == 2
+    assert "min_tokens" not in request_body(one, "m", DIALECTS["vllm"], {}, "abcdef", 6)
 
 
 def test_servers_that_call_a_field_otherwise_get_their_own_name() -> None:
@@ -180,7 +287,7 @@ def test_servers_that_call_a_field_otherwise_get_their_own_name() -> None:
     )
     llama = request_body(one, "m", DIALECTS["llamacpp"], {})
     assert (llama["repeat_penalty"], llama["top_k"], llama["min_p"], llama["seed"]) == (1.2, 0, 0.0, 2**31 - 1)
-    assert request_body(one, "m", DIALECTS["openai"], {})["max_completion_tokens"] == 4
+    assert request_body(with_sampling(max_tokens=4), "m", DIALECTS["openai"], {})["max_completion_tokens"] == 4
 
 
 def test_text_reasoning_and_calls_arrive_as_pieces() -> None:
@@ -310,6 +417,20 @@ def test_a_server_that_is_away_is_looked_for_until_it_is_back() -> None:
     with scripted(lambda asked: models() if asked.method == "GET" else answer(says("Hi"), stops()), port):
         wait_until(lambda: not engine.trouble, "it is found again")
         assert driver.run(job("k"))[0].text == "Hi"
+        engine.stop()
+
+
+def test_a_server_that_was_away_at_the_start_tells_its_kind_before_it_gets_a_job() -> None:
+    port = free_port()
+    engine = connect("m", 1, Upstream("m", f"http://127.0.0.1:{port}/v1", None))
+    driver = Driver(engine)
+    wait_until(lambda: "cannot be reached" in engine.trouble, "it takes no jobs")
+    assert "sampling" in engine.card.features, "nobody knows yet: the worker refuses"
+    script = lambda asked: models(owner="vllm") if asked.method == "GET" else answer(says("Hi"), stops())  # noqa: E731
+    with scripted(script, port):
+        wait_until(lambda: not engine.trouble, "it is found")
+        assert engine.dialect == DIALECTS["vllm"]
+        assert driver.run(with_sampling(min_tokens=1))[0].text == "Hi"
         engine.stop()
 
 

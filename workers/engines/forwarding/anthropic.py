@@ -21,6 +21,7 @@ from fastchat_q.registry import ModelCard
 from ..async_engine import Give
 from ..base import Ended, Request
 from .openai_request import Blobs, forced_function, image
+from .refusals import refuse, thinking_of
 from .remote import (
     CONNECT_S,
     TIMEOUT,
@@ -29,11 +30,11 @@ from .remote import (
     Trouble,
     Upstream,
     connection_trouble,
-    refuse,
     status_trouble,
 )
 
 FEATURES: tuple[Feature, ...] = ("sampling", "structured_outputs", "tools", "reasoning", "vision")
+WHOSE = "Anthropic's API"
 MAX_TOKENS = 8192
 """The API wants a number; this is what a job gets that names none and whose model does not tell its own."""
 SAMPLING_VERSION = "2023-06-01"
@@ -164,7 +165,7 @@ def request_body(job: Job, model: str, max_tokens: int, blobs: Blobs) -> dict[st
         InvalidRequestError: the job asks for what the API does not have.
     """
     sampling = job.sampling
-    refuse(job, {"min_p", "min_tokens", "stop_token_ids", "ignore_eos"}, "Anthropic's API")
+    refuse(job, {"min_p", "min_tokens", "stop_token_ids", "ignore_eos", "seed"}, WHOSE)
     body: dict[str, Any] = {
         "model": model,
         "max_tokens": sampling.max_tokens or max_tokens,
@@ -215,10 +216,11 @@ def _tool(function: dict[str, Any]) -> dict[str, Any]:
 
 def _output_fields(job: Job) -> dict[str, Any]:
     """Effort, thinking and a schema. ``reasoning_effort`` and ``enable_thinking`` are what chat templates call them."""
-    fields, output = {}, {}
-    effort, thinking = job.template_kwargs.get("reasoning_effort"), job.template_kwargs.get("enable_thinking")
-    if effort not in (None, "none", "minimal"):
-        output["effort"] = effort
+    fields: dict[str, Any] = {}
+    output: dict[str, Any] = {}
+    effort, thinking = thinking_of(job, WHOSE)
+    if effort not in (None, "none"):
+        output["effort"] = "low" if effort == "minimal" else effort
     if thinking is False or effort == "none":
         fields["thinking"] = {"type": "disabled"}
     elif thinking or effort is not None:

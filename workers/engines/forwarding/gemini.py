@@ -21,6 +21,7 @@ from fastchat_q.registry import ModelCard
 from ..async_engine import Give
 from ..base import Ended, Request
 from .openai_request import Blobs, forced_function, image
+from .refusals import refuse, thinking_of, unsupported
 from .remote import (
     CONNECT_S,
     TIMEOUT,
@@ -30,7 +31,6 @@ from .remote import (
     Trouble,
     Upstream,
     connection_trouble,
-    refuse,
     retry_after_s,
 )
 
@@ -39,6 +39,13 @@ FEATURES: tuple[Feature, ...] = (
 )
 LENGTH = frozenset({"MAX_TOKENS"})
 STOP = frozenset({"STOP", "FINISH_REASON_UNSPECIFIED"})
+WHOSE = "Gemini's API"
+LACKS = frozenset(
+    {
+        *("min_p", "min_tokens", "stop_token_ids", "ignore_eos", "repetition_penalty", "logit_bias"),
+        "parallel_tool_calls",
+    }
+)
 BUDGETS = {"none": 0, "minimal": 512, "low": 1024, "medium": 8192, "high": 24576}
 """Tokens of thinking for OpenAI's words, as Gemini's own OpenAI-compatible endpoint takes them:
 https://ai.google.dev/gemini-api/docs/openai#thinking"""
@@ -187,8 +194,7 @@ def config(job: Job) -> types.GenerateContentConfig:
         InvalidRequestError: the job asks for what the API does not have.
     """
     sampling = job.sampling
-    names = {"min_p", "min_tokens", "stop_token_ids", "ignore_eos", "repetition_penalty", "logit_bias"}
-    refuse(job, names, "Gemini's API")
+    refuse(job, LACKS, WHOSE)
     fields: dict[str, Any] = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -205,18 +211,19 @@ def config(job: Job) -> types.GenerateContentConfig:
     }
     if system := "\n\n".join(message.text for message in job.messages if message.role == "system"):
         fields["system_instruction"] = system
-    fields |= _thinking(job.template_kwargs) | _guide(job) | _tools(job)
+    fields |= _thinking(job) | _guide(job) | _tools(job)
     return types.GenerateContentConfig(**fields)
 
 
-def _thinking(values: dict[str, Any]) -> dict[str, Any]:
+def _thinking(job: Job) -> dict[str, Any]:
     """``reasoning_effort`` and ``enable_thinking`` are what chat templates call them."""
-    effort = values.get("reasoning_effort")
-    budget = BUDGETS.get(effort) if isinstance(effort, str) else None
-    if values.get("enable_thinking") is False:
-        budget = 0
-    elif budget is None and not values.get("enable_thinking"):
+    effort, thinking = thinking_of(job, WHOSE)
+    if effort is not None and effort not in BUDGETS:
+        known = ", ".join(BUDGETS)
+        raise unsupported("reasoning_effort", f"{WHOSE} has no reasoning_effort {effort!r}, only {known}.")
+    if effort is None and thinking is None:
         return {}
+    budget = 0 if thinking is False else BUDGETS.get(effort or "")
     return {"thinking_config": types.ThinkingConfig(include_thoughts=budget != 0, thinking_budget=budget)}
 
 

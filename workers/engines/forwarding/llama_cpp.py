@@ -18,18 +18,19 @@ from typing import IO, Any
 import httpx2
 import openai
 
+from fastchat_q.choices import WorkerOptions
 from fastchat_q.errors import ConfigurationError
 from fastchat_q.registry import ModelCard
 
 from . import llama_cpp_server
-from .openai import FEATURES, OpenAIEngine, context_length_of
-from .openai_request import DIALECTS
+from .dialects import DIALECTS
+from .openai import OpenAIEngine, context_length_of
 from .remote import Upstream
 
-TEXT_FEATURES = tuple(feature for feature in FEATURES if feature != "vision")
+TEXT_FEATURES = tuple(feature for feature in DIALECTS["llamacpp"].features if feature != "vision")
 """Its server is started without the projector that a model needs for images."""
 CONTEXT = 8192
-"""Tokens of context for each slot, or what the model was trained with if that is less."""
+"""Tokens of context for each slot, unless told otherwise; or what the model was trained with if that is less."""
 POLL_S = 0.1
 STOP_S = 3.0
 
@@ -82,13 +83,41 @@ class LlamaCppEngine(OpenAIEngine):
         self._child.stop()
 
 
-def connect(name: str, slots: int, upstream: Upstream, threads: int | None = None) -> LlamaCppEngine:
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the server is started with.
+
+    Args:
+        context: tokens for each slot.
+        on_cpu: nothing goes to a GPU.
+    """
+
+    threads: int
+    context: int
+    on_cpu: bool
+
+    @classmethod
+    def of(cls, options: WorkerOptions) -> "Settings":
+        """From the command line.
+
+        Raises:
+            ConfigurationError: a device was named that llama.cpp cannot be told to take.
+        """
+        if options.device not in ("auto", "cpu"):
+            raise ConfigurationError(
+                f"--device {options.device}: llama.cpp takes the GPUs that it was built for. Leave it out, or take cpu."
+            )
+        threads = options.threads or max(1, (os.cpu_count() or 1) - 1)
+        return cls(threads, options.load.max_model_len or CONTEXT, options.device == "cpu")
+
+
+def connect(name: str, slots: int, upstream: Upstream, options: WorkerOptions) -> LlamaCppEngine:
     """Starts the server; it has loaded the model when this returns.
 
     Raises:
         ConfigurationError: there is no such file, no llama.cpp, or it cannot load the model.
     """
-    path = Path(upstream.model)
+    path, settings = Path(upstream.model), Settings.of(options)
     if not path.is_file():
         raise ConfigurationError(f"{path}: there is no such file; the llama-cpp engine takes a GGUF file.")
     if shutil.which(llama_cpp_server.SERVER) is None and find_spec("xllamacpp") is None:
@@ -96,7 +125,7 @@ def connect(name: str, slots: int, upstream: Upstream, threads: int | None = Non
             f"The llama-cpp engine needs {llama_cpp_server.SERVER} on the PATH, or pip install 'fastchat-q[llama-cpp]'."
         )
     key = secrets.token_urlsafe(24)  # no other user of this host may use our server
-    child = _start(path, slots, threads or max(1, (os.cpu_count() or 1) - 1), key)
+    child = _start(path, slots, settings, key)
     reached = replace(upstream, base_url=f"{child.base_url}/v1", api_key=key)
     try:
         reached, context_length = _loaded(child, reached)
@@ -115,10 +144,11 @@ def connect(name: str, slots: int, upstream: Upstream, threads: int | None = Non
     return LlamaCppEngine(card, slots, reached, child)
 
 
-def _start(path: Path, slots: int, threads: int, key: str) -> Child:
+def _start(path: Path, slots: int, settings: Settings, key: str) -> Child:
     errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  open as long as the child runs
+    numbers = map(str, (slots, settings.context, settings.threads))
     process = subprocess.Popen(
-        [sys.executable, "-m", llama_cpp_server.__name__, str(path), str(slots), str(CONTEXT), str(threads)],
+        [sys.executable, "-m", llama_cpp_server.__name__, str(path), *numbers, *(["cpu"] if settings.on_cpu else [])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,

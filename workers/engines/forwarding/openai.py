@@ -19,7 +19,8 @@ from fastchat_q.registry import ModelCard
 
 from ..async_engine import Give
 from ..base import Ended, Request
-from .openai_request import PLAIN, Dialect, dialect_of, request_body
+from .dialects import DIALECTS, PLAIN, Dialect, dialect_of
+from .openai_request import request_body
 from .remote import (
     CONNECT_S,
     TIMEOUT,
@@ -34,20 +35,23 @@ from .remote import (
 
 log = structlog.get_logger()
 
-FEATURES: tuple[Feature, ...] = get_args(Feature)
-"""All: the server behind honours or refuses them, in its own words."""
 NO_KEY = "none"
 """What servers get that ask for no key: the client insists on sending one."""
 
 
 class OpenAIEngine(RemoteEngine):
-    """One streamed request a job, through the official client."""
+    """One streamed request a job, through the official client.
+
+    Args:
+        dialect: None: the server could not be asked. It is away then, until it can.
+    """
 
     errors = (openai.APIError, httpx2.HTTPError)
 
-    def __init__(self, card: ModelCard, slots: int, upstream: Upstream, dialect: Dialect = PLAIN) -> None:
+    def __init__(self, card: ModelCard, slots: int, upstream: Upstream, dialect: Dialect | None) -> None:
         super().__init__(card, slots, upstream)
-        self._dialect = dialect
+        self.dialect = dialect or PLAIN
+        self._asked = dialect is not None
         self._client: openai.AsyncOpenAI
 
     async def opened(self) -> None:
@@ -57,25 +61,27 @@ class OpenAIEngine(RemoteEngine):
             max_retries=0,  # that is the queue's
             timeout=TIMEOUT,
         )
+        if not self._asked:
+            self.is_away("it did not tell its models")
 
     async def closing(self) -> None:
         await self._client.close()
 
     async def probe(self) -> None:
         models = (await self._client.models.list(timeout=CONNECT_S)).data
-        self._dialect = _dialect(models, self.upstream.model, self._dialect)
+        self.dialect = _dialect(models, self.upstream, self.dialect)
 
     def troubled(self, error: Exception) -> Trouble:
         return trouble_of(error)
 
     def continues(self, job: Job) -> bool:
-        return self._dialect.go_on is not None
+        return self.dialect.go_on is not None
 
     def repeats(self, job: Job) -> bool:
         return True  # a job has a seed, and most servers keep to it
 
     async def answer(self, request: Request, give: Give, prefix: str, done: int) -> Ended:
-        body = request_body(request.job, self.upstream.model, self._dialect, request.blobs, prefix, done)
+        body = request_body(request.job, self.upstream.model, self.dialect, request.blobs, prefix, done)
         reader = Reader(request.job.sampling.n, give)
         async with self._stream(body) as chunks:
             async for chunk in chunks:
@@ -235,7 +241,8 @@ def connect(name: str, slots: int, upstream: Upstream) -> OpenAIEngine:
     Raises:
         ConfigurationError: the server refuses the key.
     """
-    context_length, dialect = None, PLAIN
+    told = DIALECTS[upstream.dialect] if upstream.dialect is not None else None
+    context_length, dialect = None, told
     try:
         with openai.OpenAI(
             base_url=upstream.base_url, api_key=upstream.api_key or NO_KEY, max_retries=0, timeout=CONNECT_S
@@ -246,9 +253,12 @@ def connect(name: str, slots: int, upstream: Upstream) -> OpenAIEngine:
             f"The server at {client.base_url} refuses the key (HTTP {error.status_code}): see --api-key-env."
         ) from error
     except (openai.APIError, httpx2.HTTPError) as error:
-        log.warning("upstream tells nothing of its models", why=trouble_of(error).message)
+        trouble = trouble_of(error)
+        log.warning("upstream tells nothing of its models", why=trouble.message)
+        if 0 < trouble.status < 500:  # it is there, and has no such list
+            dialect = told or PLAIN
     else:
-        dialect = _dialect(models, upstream.model, PLAIN)
+        dialect = _dialect(models, upstream, PLAIN)
         listed = [model for model in models if model.id == upstream.model]
         context_length = context_length_of(listed[0]) if listed else None
         if not listed:
@@ -259,14 +269,16 @@ def connect(name: str, slots: int, upstream: Upstream) -> OpenAIEngine:
         context_length,
         int(time.time()),
         device="-",
-        features=FEATURES,
+        features=get_args(Feature) if dialect is None else dialect.features,  # not known yet: the engine refuses
         batching="upstream",
     )
     return OpenAIEngine(card, slots, upstream, dialect)
 
 
-def _dialect(models: list[Model], model: str, default: Dialect) -> Dialect:
-    owner = next((one.owned_by for one in models if one.id == model), None)
+def _dialect(models: list[Model], upstream: Upstream, default: Dialect) -> Dialect:
+    if upstream.dialect is not None:
+        return DIALECTS[upstream.dialect]
+    owner = next((one.owned_by for one in models if one.id == upstream.model), None)
     owner = owner or next((one.owned_by for one in models), None)
     return dialect_of(owner) if owner else default
 

@@ -1,8 +1,7 @@
-"""A job as the body of ``POST /v1/chat/completions``, and the kinds of servers that take it."""
+"""A job as the body of ``POST /v1/chat/completions``, in the dialect of the server that gets it."""
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -11,50 +10,22 @@ from fastchat_q.errors import InvalidRequestError
 from fastchat_q.images import KINDS, media_type
 from fastchat_q.jobs import Guide, Job, Message, Sampling
 
+from .dialects import Dialect
+from .refusals import refuse
+
 Blobs = Mapping[str, bytes]
 """Images by the name that the job has for them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """What a kind of server takes beyond OpenAI's own fields.
-
-    Args:
-        go_on: fields with which it continues a last message of the assistant; None: it does not.
-        counts: it says how many tokens there are with every chunk, if asked to.
-        names: of fields that it calls otherwise.
-        neutral: fields whose default there is not ours.
-        seed_bits: the width of a seed.
-    """
-
-    go_on: Mapping[str, object] | None = None
-    counts: bool = False
-    names: Mapping[str, str] = field(default_factory=dict)
-    neutral: Mapping[str, object] = field(default_factory=dict)
-    seed_bits: int = 64
-
-
-PLAIN = Dialect()
-DIALECTS = {
-    "vllm": Dialect({"continue_final_message": True, "add_generation_prompt": False}, counts=True),
-    "sglang": Dialect({"continue_final_message": True}, counts=True),
-    "llamacpp": Dialect(
-        {}, names={"repetition_penalty": "repeat_penalty"}, neutral={"top_k": 0, "min_p": 0.0}, seed_bits=31
-    ),
-    "openai": Dialect(names={"max_tokens": "max_completion_tokens"}),
-}
-"""By ``owned_by`` of the server's list of models."""
-
-
-def dialect_of(owner: str) -> Dialect:
-    """The dialect of the server that lists its models as owned by ``owner``."""
-    return DIALECTS.get("openai" if owner in ("system", "openai-internal") else owner.lower(), PLAIN)
 
 
 def request_body(
     job: Job, model: str, dialect: Dialect, blobs: Blobs, prefix: str = "", done: int = 0
 ) -> dict[str, Any]:
-    """The body. ``prefix`` is the beginning of an answer that is to be continued, of ``done`` tokens."""
+    """The body. ``prefix`` is the beginning of an answer that is to be continued, of ``done`` tokens.
+
+    Raises:
+        InvalidRequestError: the job asks for what such a server would ignore.
+    """
+    refuse(job, dialect.ignores, dialect.whose)
     sampling = job.sampling
     body: dict[str, Any] = {
         "model": model,
@@ -66,11 +37,11 @@ def request_body(
         "seed": _seed(sampling.seed, dialect.seed_bits),
         **dialect.neutral,
         **_set_fields(sampling, done),
-        **_tool_fields(job),
-        **_template_fields(job.template_kwargs),
+        **_tool_fields(job, dialect),
+        **_template_fields(job, dialect),
     }
     if sampling.guide is not None:
-        body |= guide_fields(sampling.guide)
+        body |= _guide_fields(sampling.guide, dialect)
     if prefix and dialect.go_on is not None:
         body["messages"].append({"role": "assistant", "content": prefix})
         body |= dialect.go_on
@@ -82,10 +53,10 @@ def _seed(seed: int, bits: int) -> int:
 
 
 def _set_fields(sampling: Sampling, done: int) -> dict[str, Any]:
-    """The fields that the job sets: what is left out has the server's default, which is the neutral one."""
+    """The fields that the job sets. What is left out asks for nothing, here and, where it is not `neutral`, there."""
     values = {
         name: getattr(sampling, name)
-        for name in ("presence_penalty", "frequency_penalty", "repetition_penalty", "top_k", "min_p", "min_tokens")
+        for name in ("presence_penalty", "frequency_penalty", "repetition_penalty", "top_k", "min_p")
         if getattr(sampling, name) != Sampling.model_fields[name].default
     }
     if sampling.max_tokens is not None:
@@ -107,13 +78,18 @@ def _set_fields(sampling: Sampling, done: int) -> dict[str, Any]:
     return values
 
 
-def _tool_fields(job: Job) -> dict[str, Any]:
+def _tool_fields(job: Job, dialect: Dialect) -> dict[str, Any]:
     if not job.tools:
         return {}
-    fields: dict[str, Any] = {"tools": list(job.tools), "tool_choice": job.tool_choice}
     name = forced_function(job)
-    if name is not None:
+    if "tool_choice" in dialect.ignores:
+        return {} if job.tool_choice == "none" else {"tools": list(job.tools)}
+    fields: dict[str, Any] = {"tools": list(job.tools), "tool_choice": job.tool_choice}
+    if name is not None and dialect.names_tools:
         fields["tool_choice"] = {"type": "function", "function": {"name": name}}
+    elif name is not None:
+        fields["tools"] = [tool for tool in job.tools if tool["function"]["name"] == name]
+        fields["tool_choice"] = "required"
     if not job.parallel_tool_calls:
         fields["parallel_tool_calls"] = False
     return fields
@@ -125,24 +101,25 @@ def forced_function(job: Job) -> str | None:
     return name if kind == "function" else None
 
 
-def _template_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    rest = dict(values)
+def _template_fields(job: Job, dialect: Dialect) -> dict[str, Any]:
+    """Effort and arguments of the chat template: what the client sent, in the fields that the server has for it."""
+    rest = dict(job.template_arguments if dialect.effort_in_template else job.template_kwargs)
     fields: dict[str, Any] = {}
-    if "reasoning_effort" in rest:
+    if "reasoning_effort" in rest and not dialect.effort_in_template:
         fields["reasoning_effort"] = rest.pop("reasoning_effort")
     if rest:
         fields["chat_template_kwargs"] = rest
     return fields
 
 
-def guide_fields(guide: Guide) -> dict[str, Any]:
-    """OpenAI's ``response_format`` where it can say it, else vLLM's ``structured_outputs``."""
+def _guide_fields(guide: Guide, dialect: Dialect) -> dict[str, Any]:
+    """OpenAI's ``response_format`` where it can say it, else what the server has."""
     if guide.kind == "json_object":
         return {"response_format": {"type": "json_object"}}
     if guide.kind == "json_schema":
         schema = {"name": "answer", "schema": orjson.loads(guide.value), "strict": True}
         return {"response_format": {"type": "json_schema", "json_schema": schema}}
-    return {"structured_outputs": {guide.kind: orjson.loads(guide.value) if guide.kind == "choice" else guide.value}}
+    return dialect.guide(guide)
 
 
 def message_object(message: Message, blobs: Blobs) -> dict[str, Any]:

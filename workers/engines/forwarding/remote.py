@@ -17,9 +17,10 @@ from typing import Any
 import httpx2
 import structlog
 
+from fastchat_q.choices import DialectName
 from fastchat_q.errors import FastchatQError, InvalidRequestError, JobFailedError, RetryableError
 from fastchat_q.events import Piece
-from fastchat_q.jobs import Job, Sampling
+from fastchat_q.jobs import Job
 from fastchat_q.registry import ModelCard
 
 from ..async_engine import AsyncEngine, Give
@@ -56,11 +57,13 @@ class Upstream:
         model: its name for the model.
         base_url: None: the client library's own.
         api_key: never logged, never part of an error.
+        dialect: the kind of server, if the operator said it.
     """
 
     model: str
     base_url: str | None
     api_key: str | None
+    dialect: DialectName | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +173,7 @@ class RemoteEngine(AsyncEngine):
     def _meaning(self, job_id: str, trouble: Trouble) -> FastchatQError:
         error = job_error(trouble)
         if trouble.unsent:
-            self._is_away(trouble.message)
+            self.is_away(trouble.message)
         elif error.code == UPSTREAM_BUSY:
             self._pause(BUSY_S if trouble.retry_after_s is None else trouble.retry_after_s)
         if trouble.status not in REFUSED:
@@ -190,7 +193,8 @@ class RemoteEngine(AsyncEngine):
         if not self._away.is_set() and time.monotonic() >= self._paused_until - 0.01:
             self.trouble = ""
 
-    def _is_away(self, why: str) -> None:
+    def is_away(self, why: str) -> None:
+        """Takes no jobs until `probe` says that the server is there."""
         if not self._away.is_set():
             log.warning("upstream is away", why=why)
         self.trouble = f"the upstream server cannot be reached: {why}"
@@ -310,14 +314,3 @@ def connection_trouble(error: Exception) -> Trouble:
 
 def _word(value: object) -> str | None:
     return value if isinstance(value, str) else None
-
-
-def refuse(job: Job, names: set[str], whose: str) -> None:
-    """Refuses a job that sets one of these parameters, which the API does not have.
-
-    Raises:
-        InvalidRequestError: it does.
-    """
-    for name in sorted(names):
-        if getattr(job.sampling, name) != Sampling().model_dump()[name]:
-            raise InvalidRequestError(f"{whose} has no parameter '{name}'.", param=name, code="unsupported_parameter")

@@ -74,6 +74,10 @@ def place(device: torch.device, options: LoadOptions) -> Placement:
             "--num-gpus, --max-gpu-memory and --cpu-offload are for GPUs, and the device is the cpu. "
             "--max-cpu-memory with --offload-dir keeps a part of the weights on disk."
         )
+    if not on_cpu and options.max_cpu_memory is not None and not options.cpu_offload:
+        raise ConfigurationError(
+            "--max-cpu-memory is for weights in main memory, and all go to the GPU: add --cpu-offload, or leave it out."
+        )
     asked = (options.num_gpus or 1) > 1 or options.max_gpu_memory or options.cpu_offload
     budgets: dict[str, int] = {}
     if not on_cpu:
@@ -95,11 +99,11 @@ def place(device: torch.device, options: LoadOptions) -> Placement:
 
 def gpus(device: torch.device, wanted: int) -> list[str]:
     """The names of the first so many accelerators. Raises ConfigurationError when there are fewer."""
-    if device.type == "mps":
-        return ["mps"]
-    there = torch.accelerator.device_count()
+    there = 1 if device.type == "mps" else torch.accelerator.device_count()
     if wanted > there:
         raise ConfigurationError(f"--num-gpus {wanted}: this machine shows {there} to PyTorch.")
+    if device.type == "mps":
+        return ["mps"]
     return [f"{device.type}:{index}" for index in range(wanted)]
 
 

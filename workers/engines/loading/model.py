@@ -15,7 +15,7 @@ from fastchat_q.workers.families import Choice
 from fastchat_q.workers.parsing import Format, format_of
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastchat_q.choices import AS_IT_IS, Device, Dtype, LoadOptions
+from fastchat_q.choices import AS_IT_IS, UNDERSTOOD, Device, Dtype, LoadOptions, check_understood
 from fastchat_q.errors import ConfigurationError
 from fastchat_q.jobs import Kind
 from fastchat_q.sizes import in_words
@@ -41,6 +41,9 @@ WAYS_OUT = (
     "or --cpu-offload and --offload-dir."
 )
 
+PLACING = {"quantization", "num_gpus", "max_gpu_memory", "cpu_offload", "max_cpu_memory", "offload_dir"}
+ADAPTED = UNDERSTOOD["transformers"] - PLACING
+"""What is left of the options for a model that its adapter loads."""
 PROCESSORS: dict[str, object] = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
@@ -97,6 +100,7 @@ def load(
     entries = {} if files.gguf else _entries(source, files)
     adapter = adapters.find(entries)
     if isinstance(adapter, adapters.Loads):
+        check_understood(options, ADAPTED, repr(source), "its adapter loads it, with device and dtype. Leave it out.")
         model, tokenizer = _adapted(source, files, adapter, placement.device, dtype)
     else:
         model, tokenizer = _from_checkpoint(source, files, options, placement, dtype, progress)

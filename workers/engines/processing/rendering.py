@@ -217,7 +217,7 @@ class Renderer:
         return ids
 
     def _options(self, job: Job) -> dict[str, Any]:
-        options = job.template_kwargs
+        options = job.template_arguments
         if wrong := sorted(RESERVED.intersection(options)):
             raise InvalidRequestError(
                 f"chat_template_kwargs may not hold {wrong[0]!r}: it is the server's to say.",

@@ -6,7 +6,6 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM reports its use to its
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +17,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from fastchat_q.choices import LoadOptions, WorkerOptions, flag
+from fastchat_q.choices import LoadOptions, WorkerOptions, given
 from fastchat_q.errors import ConfigurationError
 
 from ..base import STOP_S
@@ -42,7 +41,6 @@ DEFAULTS = {"tokenizer-mode": "hf"}
 """Unless --engine-arg says otherwise: prompts are rendered here, by transformers' tokenizer."""
 VLLM_NAMES = {"revision": "revision", "num_gpus": "tensor-parallel-size", "max_model_len": "max-model-len"}
 """Our options of loading -> vLLM's."""
-UNDERSTOOD = {*VLLM_NAMES, "trust_remote_code", "chat_template", "tool_call_parser", "reasoning_parser"}
 
 
 def build(options: WorkerOptions, name: str, adapters: Mapping[str, str] | None = None) -> VllmEngine:
@@ -142,18 +140,8 @@ def engine_arguments(pairs: Iterable[str]) -> list[str]:
 
 
 def _load_arguments(load: LoadOptions) -> list[str]:
-    """How a checkpoint is to be loaded, in vLLM's words.
-
-    Raises:
-        ConfigurationError: something was asked for that only the transformers engine does.
-    """
-    asked = {field.name for field in fields(load) if getattr(load, field.name) != field.default}
-    if foreign := sorted(asked - UNDERSTOOD):
-        raise ConfigurationError(
-            f"{flag(foreign[0])} is for --engine transformers. vLLM has options of its own for most such things: "
-            "--engine-arg KEY=VALUE."
-        )
-    words = [f"--{VLLM_NAMES[name]}={getattr(load, name)}" for name in VLLM_NAMES if name in asked]
+    """How a checkpoint is to be loaded, in vLLM's words; `choices.UNDERSTOOD` says what may be asked for."""
+    words = [f"--{VLLM_NAMES[name]}={getattr(load, name)}" for name in given(load) if name in VLLM_NAMES]
     return words + (["--trust-remote-code"] if load.trust_remote_code else [])
 
 
