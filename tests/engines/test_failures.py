@@ -144,7 +144,7 @@ def test_a_pass_that_fails_for_one_choice_ends_its_job_and_the_engine_goes_on(
     assert_serves(driver, either)
 
 
-@pytest.mark.parametrize("times", [1, 2, 3, ALWAYS])
+@pytest.mark.parametrize("times", [1, 3, ALWAYS])
 def test_passes_that_fail_so_often_leave_an_engine_that_serves(
     drive: Drive, engine: TransformersEngine, either: Loaded, times: int
 ) -> None:
@@ -186,7 +186,7 @@ def test_kv_memory_that_is_short_for_a_while_fails_nobody(
     assert a.ids == expected(llama, question(1), 300)
 
 
-@pytest.mark.parametrize("times", [1, 2, 5])
+@pytest.mark.parametrize("times", [1, 5])
 def test_rows_that_find_no_memory_to_grow_go_on_when_there_is_some(
     drive: Drive, either: Loaded, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
@@ -195,13 +195,13 @@ def test_rows_that_find_no_memory_to_grow_go_on_when_there_is_some(
     faults = out_of_memory()
     driver = drive(engine)
     monkeypatch.setattr(kv, "torch", ShortTorch(faults, "zeros"))
-    jobs = [job(f"j{i}", question(i), max_tokens=140) for i in range(3)]
+    jobs = [job(f"j{i}", question(i), max_tokens=80) for i in range(3)]
     driver.submit(*jobs)
     driver.wait_tokens("j2", 3)
     faults.left = times
     answers = driver.wait(*(one.id for one in jobs))
     assert faults.met == times
-    assert [answer.ids for answer in answers] == [expected(either, question(i), 140) for i in range(3)]
+    assert [answer.ids for answer in answers] == [expected(either, question(i), 80) for i in range(3)]
 
 
 def test_a_request_for_which_there_is_never_memory_is_to_be_tried_elsewhere(
@@ -361,7 +361,7 @@ def test_draws_of_few_rows_at_a_time_are_the_same(
 
     monkeypatch.setattr(Sampler, "pick", counted)
     driver = drive(engine)
-    jobs = [job(f"j{i}", question(i), max_tokens=20, temperature=i % 2, n=1 + 4 * i) for i in range(3)]
+    jobs = [job(f"j{i}", question(i), max_tokens=8, temperature=i % 2, n=1 + 4 * i) for i in range(3)]
     whole = [by_choice(answer) for answer in driver.run(*jobs)]
     assert max(counts) > 9
     counts.clear()
@@ -436,3 +436,21 @@ def test_a_job_that_does_not_wait_for_memory_stalls_all_the_same(
         now += 0.5
         guard.tick()
     assert guard.stalled(one)
+
+
+def test_steps_that_run_out_of_memory_again_and_again_end_their_jobs(drive: Drive, engine: TransformersEngine) -> None:
+    """Else they would be computed from the start for every single token."""
+    failing: list[int] = []
+
+    def check(part: Part) -> None:
+        if part.decode and failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    driver = drive(engine)
+    before_runs(engine, check)
+    driver.submit(job("a", question(1), max_tokens=200), job("b", question(2), max_tokens=200))
+    driver.wait_tokens("b", 3)
+    failing.append(1)
+    for answer in driver.wait("a", "b"):
+        assert error_of(answer).code == OUT_OF_MEMORY
+        assert len(answer.ids) < 20

@@ -1,6 +1,8 @@
 """KV memory: rows come and go, grow and fork, and never take more than they may; prefixes are known by their text."""
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +81,63 @@ def _act(chance: random.Random, store: KVStore, rows: dict[int, Place], mark: in
     if chance.random() < 0.05:
         store.trim()
     return True
+
+
+def test_rows_keep_what_they_hold_when_memory_ends_in_the_middle_of_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    chance, failed = random.Random(1), 0
+
+    def zeros(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if chance.random() < 0.05:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros(*args, **kwargs)
+
+    monkeypatch.setattr(kv, "torch", SimpleNamespace(zeros=zeros))
+    store = KVStore(SHAPES, 20_000)
+    rows: dict[int, Place] = {}
+    for mark in range(600):
+        try:
+            _act(chance, store, rows, mark)
+        except torch.OutOfMemoryError:
+            failed += 1
+        for name, place in rows.items():
+            check(place, name)
+            assert place.slab.places[place.index] is place
+            assert place.index < place.slab.rows
+            assert all(keys.shape[0] >= place.slab.rows for keys, _ in place.slab.layers())
+            assert all(keys.shape[2] >= place.columns for keys, _ in place.slab.layers())
+    assert failed > 20
+    monkeypatch.undo()
+    for slab in store.shared.values():
+        assert slab.held >= slab.rows
+    store.trim()
+    assert all(slab.held == len(slab.places) for slab in store.shared.values())
+
+
+def test_prefixes_that_were_cleared_when_memory_ended_are_kept_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = KVStore(SHAPES, 20_000)
+    known = Prefixes(SHAPES, BLOCK * store.bytes_per_column * 400)
+    place = store.take(200 * BLOCK)
+    assert place is not None
+    ids = list(range(100 * BLOCK))
+    write(place, 7, len(ids))
+    known.save("", ids[: 10 * BLOCK], place)
+
+    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs["device"] == SHAPES[0].device and args[1] == SHAPES[2].heads:  # the first layer has grown by then
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.empty(*args, **kwargs)
+
+    monkeypatch.setattr(prefixes, "torch", SimpleNamespace(empty=empty, tensor=torch.tensor))
+    with pytest.raises(torch.OutOfMemoryError):
+        known.save("", ids, place)
+    known.clear()
+    monkeypatch.undo()
+    known.save("", ids, place)
+    again = store.take(len(ids) + 1)
+    assert again is not None
+    again.length = known.load("", [*ids, 0], again)
+    assert again.length == len(ids)
+    check(again, 7)
 
 
 def test_a_long_row_takes_no_room_of_short_ones() -> None:

@@ -32,6 +32,9 @@ log = structlog.get_logger()
 FIRST_FORWARD_S = 120.0
 """An accelerator loads and compiles its kernels during the first forward pass."""
 
+MOST_RESTARTS = 3
+"""So often an answer is computed again after steps that failed, with tokens in between: then its job has failed."""
+
 
 class TransformersEngine(Engine):
     """Serves one loaded model. See `Engine` for the contract.
@@ -141,9 +144,10 @@ class TransformersEngine(Engine):
         for batch in batches(draws_of(results, self.scheduler)):
             try:
                 picks = self._sampler.pick(logits_of(batch), [draw.choice.sequence for draw in batch])
-                drawn += zip(batch, picks, strict=True)
             except Exception as error:
                 failed.append((batch, job_error(error), is_out_of_memory(error)))
+            else:
+                drawn += zip(batch, picks, strict=True)
         gone = []
         for draw, picked in drawn:
             accepted = self._accept(draw.choice, picked, outputs)
@@ -168,7 +172,7 @@ class TransformersEngine(Engine):
         again: bool,
         no_memory: bool,
     ) -> None:
-        """Ends the jobs of these choices, each with its run if it has one, or computes them again if it was no suspect.
+        """Ends the jobs of these choices, each of which may have a run, or computes them again if that may help.
 
         Args:
             again: it is not known whose fault it is, or nobody's.
@@ -177,10 +181,11 @@ class TransformersEngine(Engine):
             ticket = choice.answers.ticket
             if ticket not in self._tickets:
                 continue
-            if not again or choice.suspect:
+            if not again or choice.suspect or choice.restarts == MOST_RESTARTS:
                 self._end(ticket, Ended(error=failure), outputs)
                 continue
             choice.suspect = True
+            choice.restarts += 1
             if run is None:
                 self._start(choice)
             else:

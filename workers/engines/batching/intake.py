@@ -41,6 +41,8 @@ class Choice:
     """Choices that begin where the prompt of this one ends."""
     suspect: bool = False
     """It was there when a step failed: its next token is drawn by itself, and if that fails too, its job has failed."""
+    restarts: int = 0
+    """How often it was computed again after such steps."""
 
     def tokens(self) -> list[int]:
         """All tokens so far, the prompt's first."""
