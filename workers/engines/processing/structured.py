@@ -5,11 +5,12 @@ own while their row waits; a mask is a row of bits that `mask` applies to the lo
 """
 
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +23,13 @@ from fastchat_q.errors import InvalidRequestError
 from fastchat_q.jobs import Guide
 
 from ..tensors import to_device
+from .grammars import Checker, first_masked
 
 CACHED_GRAMMARS = 128
+CACHED_S = 5.0
+"""Processor time that the grammars which are kept took to compile: they hold 50 to 180 MB for each second of it."""
+HARMLESS_KINDS = ("json_object", "choice")
+"""Nobody can write anything into these that takes long."""
 JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x09]{0,12}", "lenient": False}
 """Enough white space for a pretty answer, and an end to it: a weak model would go on with blanks for ever. A keyword
 that cannot be held to is refused, never ignored."""
@@ -46,6 +52,13 @@ def behind(before: str, guide: Guide) -> Composed:
     return Composed(kind=guide.kind, value=guide.value, before=before, param=_param(guide), what=_name(guide))
 
 
+class Compiled(NamedTuple):
+    """A grammar that rows take copies of, and the processor time that it took."""
+
+    matcher: LLMatcher
+    took_s: float
+
+
 class Guides:
     """The compiled grammars of one model, each compiled once. All but the compiling runs on the engine's thread."""
 
@@ -53,7 +66,8 @@ class Guides:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._eos_ids = eos_ids
-        self._compiled: OrderedDict[Guide, Future[LLMatcher]] = OrderedDict()
+        self._compiled: OrderedDict[Guide, Future[Compiled]] = OrderedDict()
+        self._checker = Checker()
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="guides")
 
     def guided(self, guide: Guide) -> "Guided":
@@ -69,16 +83,20 @@ class Guides:
         if compiled is None:
             compiled = self._compiled[guide] = self._compiler.submit(self._compile, guide)
         self._compiled.move_to_end(guide)
-        if len(self._compiled) > CACHED_GRAMMARS:
+        while len(self._compiled) > CACHED_GRAMMARS or (len(self._compiled) > 1 and self._kept_s() > CACHED_S):
             self._compiled.popitem(last=False)
         return Guided(guide, compiled, self._eos_ids)
+
+    def _kept_s(self) -> float:
+        done = [compiled for compiled in self._compiled.values() if compiled.done()]
+        return sum(compiled.result().took_s for compiled in done if compiled.exception() is None)
 
     @cached_property
     def _vocabulary_tree(self) -> LLTokenizer:
         """Seconds of work for a large vocabulary."""
         return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=sorted(self._eos_ids))  # type: ignore[arg-type]
 
-    def _compile(self, guide: Guide) -> LLMatcher:
+    def _compile(self, guide: Guide) -> Compiled:
         try:
             return self._matcher(guide)
         except InvalidRequestError:
@@ -86,19 +104,22 @@ class Guides:
         except BaseException as error:  # a panic of llguidance is no Exception: it must not end the engine's thread
             raise _refusal(guide, f"{type(error).__name__}: {error}") from error
 
-    def _matcher(self, guide: Guide) -> LLMatcher:
-        matcher = LLMatcher(self._vocabulary_tree, _grammar(guide), log_level=0)
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # builds the first states of the lexer here, not within a step
+    def _matcher(self, guide: Guide) -> Compiled:
+        grammar = _grammar(guide)
+        harmless = type(guide) is Guide and guide.kind in HARMLESS_KINDS
+        if not harmless and (error := self._checker.error(grammar)):
+            raise _refusal(guide, error)
+        tree, began = self._vocabulary_tree, time.thread_time()
+        matcher = first_masked(tree, grammar)
         if matcher.is_error():
             raise _refusal(guide, matcher.get_error())
-        return matcher
+        return Compiled(matcher, time.thread_time() - began)
 
 
 class Guided:
     """Where one row is in its grammar. It catches up with the row's tokens when a mask is due, prior ones included."""
 
-    def __init__(self, guide: Guide, compiled: Future[LLMatcher], eos_ids: frozenset[int]) -> None:
+    def __init__(self, guide: Guide, compiled: Future[Compiled], eos_ids: frozenset[int]) -> None:
         self._guide = guide
         self._compiled = compiled
         self._matcher: LLMatcher | None = None
@@ -120,7 +141,7 @@ class Guided:
     def fill(self, bits: NDArray[np.uint8], ids: Sequence[int]) -> None:
         """Writes the mask for the token behind ids: whole words of 32 tokens, lowest bit first. See `failure`."""
         if self._matcher is None:
-            self._matcher = self._compiled.result().deep_copy()
+            self._matcher = self._compiled.result().matcher.deep_copy()
         for token in ids[self._consumed :]:
             self._matcher.consume_token(token)
         self._consumed = len(ids)
