@@ -12,9 +12,12 @@ from fastchat_q.workers.engines.base import Request
 from fastchat_q.workers.engines.batching.engine import TransformersEngine
 from fastchat_q.workers.engines.batching.sampling import Sampler
 from fastchat_q.workers.engines.loading.model import Loaded
+from fastchat_q.workers.engines.processing import structured
+from fastchat_q.workers.engines.processing.grammars import Checker
 from fastchat_q.workers.engines.processing.sequence import Language, Picked, Sequence
 from fastchat_q.workers.engines.processing.structured import CACHED_GRAMMARS, Guides
 from fastchat_q.workers.engines.processing.text import TokenTexts
+from llguidance import LLMatcher
 from transformers import PreTrainedTokenizerBase
 
 from fastchat_q.errors import InvalidRequestError
@@ -205,6 +208,37 @@ def test_a_regex_beyond_the_limits_fails_alone(running: Driver) -> None:
     assert good.text == "fine"
 
 
+ENDLESS = '{"type": "integer", "multipleOf": 99396891}'
+
+
+@pytest.mark.parametrize(("kind", "value"), [("json_schema", ENDLESS), ("grammar", f"start: %json {ENDLESS}")])
+def test_a_grammar_that_compiles_for_minutes_is_refused_and_those_behind_it_are_served(
+    running: Driver, kind: str, value: str
+) -> None:
+    bad, good = running.run(guided("bad", kind, value), guided("good", "regex", "fine"))
+    error = error_of(bad)
+    assert isinstance(error, InvalidRequestError)
+    assert error.param == ("response_format" if kind == "json_schema" else "structured_outputs")
+    assert "more than 3 seconds" in str(error)
+    assert good.text == "fine"
+
+
+def test_the_process_that_compiles_first_ends_with_who_asked_it() -> None:
+    checker = Checker()
+    assert not checker.error(LLMatcher.grammar_from_regex("a+"))
+    assert "unclosed" in checker.error(LLMatcher.grammar_from_regex("("))
+    process = checker._process
+    assert process is not None
+    assert process.poll() is None
+    process.kill()
+    assert "more than" in checker.error(LLMatcher.grammar_from_regex("a+"))
+    assert not checker.error(LLMatcher.grammar_from_regex("a+")), "by another one"
+    process = checker._process
+    assert process is not None
+    del checker
+    assert process.wait(10) is not None
+
+
 def test_a_model_without_an_end_token_follows_no_guide(drive: Drive, tiny: Loaded) -> None:
     endless = Loaded(tiny.model, tiny.tokenizer, tiny.device, tiny.context_length, frozenset())
     [answer] = drive(TransformersEngine("m", 2, endless)).run(guided("a", "choice", ["x"]))
@@ -311,6 +345,16 @@ def test_grammars_are_compiled_once_and_only_so_many_are_kept(tokenizer: PreTrai
         guides.guided(Guide(kind="choice", value=f'["{number}"]'))
     assert len(guides._compiled) == CACHED_GRAMMARS
     assert guides.guided(same)._compiled is not first
+
+
+def test_grammars_that_took_long_make_room(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    guides = language_of(tokenizer).guides
+    short, long, new = (Guide(kind="choice", value=json.dumps(["a" * size])) for size in (1, 2, 3))
+    for guide in (short, long):
+        guides.guided(guide)._compiled.result()
+    monkeypatch.setattr(structured, "CACHED_S", guides._compiled[long].result().took_s)
+    guides.guided(new)
+    assert list(guides._compiled) == [long, new]
 
 
 def test_the_log_of_a_finished_guided_answer_ends_it_at_once(tiny: Loaded, running: Driver) -> None:

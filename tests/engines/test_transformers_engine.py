@@ -16,7 +16,7 @@ from fastchat_q.jobs import Job, Message, Sampling
 
 from .conftest import Drive
 from .driving import Answer, Driver, job
-from .random_models import VOCABULARY, loaded, random_model, reciting_model
+from .random_models import loaded, random_model, reciting_model
 from .scenes import WORDS, Forwards, generated, prompt_ids, question, watch
 
 EOS = 2
@@ -410,16 +410,21 @@ def test_a_template_that_makes_an_empty_prompt_is_an_invalid_request(
 
 
 def test_a_token_beyond_the_model_s_vocabulary_is_refused_before_it_reaches_the_model(
-    drive: Drive, tokenizer: PreTrainedTokenizerBase
+    drive: Drive, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = random_model("llama")
-    model.resize_token_embeddings(VOCABULARY - 2)
+    model, text = random_model("llama"), question(5)
+    last = max(prompt_ids(tokenizer, text))
+    assert max(prompt_ids(tokenizer, "hi")) < last
+    model.resize_token_embeddings(last)
+    forwards = watch(model, monkeypatch)
     driver = drive(TransformersEngine("m", 4, loaded(model, tokenizer)))
-    [refused, served] = driver.run(job("a", "<tool_call>"), job("b", "hi", max_tokens=2))
+    refused, served = driver.run(job("a", text), job("b", "hi", max_tokens=2))
     assert len(served.ids) == 2
-    assert refused.ended is not None  # an added token that is not a control token may be read as such, or as text
-    if refused.ended.error is not None:
-        assert isinstance(refused.ended.error, InvalidRequestError)
+    error = error_of(refused)
+    assert isinstance(error, InvalidRequestError)
+    assert error.param == "messages"
+    assert f"token {last}, beyond its vocabulary of {last}" in error.message
+    assert all(token < last for call in forwards.calls for token in call)
 
 
 # ---- prompts

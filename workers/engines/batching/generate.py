@@ -148,7 +148,7 @@ class GenerateEngine(Engine):
 def _unruled(model: Any) -> Iterator[None]:
     """Within it, `generate` follows no entry of the model's generation_config: our sampling does (rules.py)."""
     own = model.generation_config
-    model.generation_config = GenerationConfig(decoder_start_token_id=decoder_start(model))
+    model.generation_config = GenerationConfig(decoder_start_token_id=decoder_start(model))  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """The fastest way: all tokens of a step, of rows that decode and of prompts, are one sequence to the linear layers."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -67,10 +68,11 @@ class Packed(Way):
 
     def _see(self, chunk: Chunk) -> Result:
         """A prompt with images takes the plain pass: the mask is the model's own there, and need not be causal."""
-        row, cache, length = chunk.row, self.model.new_cache(), len(chunk.ids)
+        row, length = chunk.row, len(chunk.ids)
+        cache: Any = self.model.new_cache()
         logits = self.model.extend(cache, 0, chunk.ids, row.namespace, **row.arguments(length))
-        slab, layers = row.memory.slab, [layer for layer in cache.layers if layer.get_seq_length()]
-        for stores, layer in zip(slab.layers(), layers, strict=True):
+        layers: list[Any] = [layer for layer in cache.layers if layer.get_seq_length()]
+        for stores, layer in zip(row.memory.slab.layers(), layers, strict=True):
             for store, new in zip(stores, (layer.keys, layer.values), strict=True):
                 store[row.memory.index, :, length - new.shape[2] : length] = new[0]  # a window keeps the last ones
         row.length = row.memory.length = length

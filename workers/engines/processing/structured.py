@@ -6,11 +6,12 @@ own while their row waits; a mask is a row of bits that `mask` applies to the lo
 
 import json
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +24,13 @@ from fastchat_q.errors import InvalidRequestError
 from fastchat_q.jobs import Guide
 
 from ..tensors import to_device
+from .grammars import Checker, first_masked
 
 CACHED_GRAMMARS = 128
+CACHED_S = 5.0
+"""Processor time that the grammars which are kept took to compile: they hold 50 to 180 MB for each second of it."""
+HARMLESS_KINDS = ("json_object", "choice")
+"""Nobody can write anything into these that takes long."""
 JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x09]{0,12}", "lenient": False}
 """Enough white space for a pretty answer, and an end to it: a weak model would go on with blanks for ever. A keyword
 that cannot be held to is refused, never ignored."""
@@ -50,6 +56,13 @@ def behind(before: str, guide: Guide) -> Composed:
     return Composed(kind=guide.kind, value=guide.value, before=before, param=_param(guide), what=_name(guide))
 
 
+class Compiled(NamedTuple):
+    """A grammar that rows take copies of, and the processor time that it took."""
+
+    matcher: LLMatcher
+    took_s: float
+
+
 class Guides:
     """The compiled grammars of one model, each compiled once. All but the compiling runs on the engine's thread."""
 
@@ -57,7 +70,8 @@ class Guides:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._eos_ids = eos_ids
-        self._compiled: OrderedDict[Guide, Future[LLMatcher]] = OrderedDict()
+        self._compiled: OrderedDict[Guide, Future[Compiled]] = OrderedDict()
+        self._checker = Checker()
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="guides")
 
     def guided(self, guide: Guide) -> "Guided":
@@ -73,16 +87,20 @@ class Guides:
         if compiled is None:
             compiled = self._compiled[guide] = self._compiler.submit(self._compile, guide)
         self._compiled.move_to_end(guide)
-        if len(self._compiled) > CACHED_GRAMMARS:
+        while len(self._compiled) > CACHED_GRAMMARS or (len(self._compiled) > 1 and self._kept_s() > CACHED_S):
             self._compiled.popitem(last=False)
         return Guided(guide, compiled, self._eos_ids)
+
+    def _kept_s(self) -> float:
+        done = [compiled for compiled in self._compiled.values() if compiled.done()]
+        return sum(compiled.result().took_s for compiled in done if compiled.exception() is None)
 
     @cached_property
     def _vocabulary_tree(self) -> LLTokenizer:
         """Seconds of work for a large vocabulary."""
         return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=sorted(self._eos_ids))  # type: ignore[arg-type]
 
-    def _compile(self, guide: Guide) -> LLMatcher:
+    def _compile(self, guide: Guide) -> Compiled:
         try:
             return self._matcher(guide)
         except InvalidRequestError:
@@ -90,19 +108,19 @@ class Guides:
         except BaseException as error:  # a panic of llguidance is no Exception: it must not end the engine's thread
             raise _refusal(guide, f"{type(error).__name__}: {error}") from error
 
-    def _matcher(self, guide: Guide) -> LLMatcher:
-        matcher = LLMatcher(self._vocabulary_tree, LLMatcher.grammar_from_lark(lark(guide)), log_level=0)
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # builds the first states of the lexer here, not within a step
+    def _matcher(self, guide: Guide) -> Compiled:
+        grammar = LLMatcher.grammar_from_lark(check(guide, self._checker))
+        tree, began = self._vocabulary_tree, time.thread_time()
+        matcher = first_masked(tree, grammar)
         if matcher.is_error():
             raise _refusal(guide, matcher.get_error())
-        return matcher
+        return Compiled(matcher, time.thread_time() - began)
 
 
 class Guided:
     """Where one row is in its grammar. It catches up with the row's tokens when a mask is due, prior ones included."""
 
-    def __init__(self, guide: Guide, compiled: Future[LLMatcher], eos_ids: frozenset[int]) -> None:
+    def __init__(self, guide: Guide, compiled: Future[Compiled], eos_ids: frozenset[int]) -> None:
         self._guide = guide
         self._compiled = compiled
         self._matcher: LLMatcher | None = None
@@ -124,7 +142,7 @@ class Guided:
     def fill(self, bits: NDArray[np.uint8], ids: Sequence[int]) -> None:
         """Writes the mask for the token behind ids: whole words of 32 tokens, lowest bit first. See `failure`."""
         if self._matcher is None:
-            self._matcher = self._compiled.result().deep_copy()
+            self._matcher = self._compiled.result().matcher.deep_copy()
         for token in ids[self._consumed :]:
             self._matcher.consume_token(token)
         self._consumed = len(ids)
@@ -150,21 +168,15 @@ def mask(logits: torch.Tensor, at: Sequence[int], bits: NDArray[np.uint8]) -> No
     logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(~allowed, -torch.inf))
 
 
-def check(guide: Guide) -> str:
-    """The same grammar as `lark`, once it is known that llguidance takes it; for engines that follow it elsewhere.
+def check(guide: Guide, checker: Checker) -> str:
+    """The same grammar as `lark`, once it is known that it compiles; for engines that follow it elsewhere.
 
     Raises:
-        InvalidRequestError: it is none.
+        InvalidRequestError: it is none, or takes too long.
     """
-    try:
-        grammar = lark(guide)
-        reason = LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(grammar))
-    except InvalidRequestError:
-        raise
-    except BaseException as error:  # a panic of llguidance is no Exception
-        raise _refusal(guide, f"{type(error).__name__}: {error}") from error
-    if reason:
-        raise _refusal(guide, reason)
+    grammar = lark(guide)
+    if not _is_harmless(guide) and (error := checker.error(LLMatcher.grammar_from_lark(grammar))):
+        raise _refusal(guide, error)
     return grammar
 
 
@@ -178,6 +190,10 @@ def lark(guide: Guide) -> str:
     if not before:
         return guide.value if guide.kind == "grammar" else f"start: {_expression(guide)}\n"
     return before.replace(ANSWER, _expression(guide), 1)
+
+
+def _is_harmless(guide: Guide) -> bool:
+    return type(guide) is Guide and guide.kind in HARMLESS_KINDS
 
 
 def _expression(guide: Guide) -> str:

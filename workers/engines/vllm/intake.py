@@ -14,6 +14,7 @@ from fastchat_q.events import Piece
 from fastchat_q.jobs import Feature, Job, Sampling
 
 from ..base import Request
+from ..processing.grammars import Checker
 from ..processing.rendering import Renderer, give_template, stop_ids, token_limit
 from ..processing.sequence import Language
 from ..processing.sequence import Sequence as Reading
@@ -61,6 +62,7 @@ class Intake:
         self.features: tuple[Feature, ...] = (*FEATURES, *written.features, *seeing)
         self._stop_ids = stop_ids(tokenizer, chat) if chat is not None else frozenset()
         self._speech = Speech(tokenizer, written)
+        self._checker, self._checking = Checker(), asyncio.Lock()
         self._language = Language(vocabulary, _eos_ids(llm, tokenizer), tokenizer.decode, guides=None)
 
     async def take_in(self, row: Row, request: Request) -> None:
@@ -78,13 +80,15 @@ class Intake:
             row.inputs = await self._sight.seen(job, row.prompt, request.blobs)
             row.prompt = list(row.inputs["prompt_token_ids"])
         await turn(self._begin, row, request.prior)
+        if row.sampling.guide is not None:
+            async with self._checking:
+                row.grammar = await asyncio.to_thread(check, row.sampling.guide, self._checker)
 
     def _begin(self, row: Row, prior: Sequence[Piece]) -> None:
         job = row.job
         row.limit = token_limit(self._context, len(row.prompt), job.sampling.max_tokens)
         is_open = self._speech.is_open(job, row.prompt)
         row.sampling = self._with_ends(self._speech.sampling(job, is_open))
-        row.grammar = None if row.sampling.guide is None else check(row.sampling.guide)
         row.choices = [self._choice(row, prior, is_open, index) for index in range(row.sampling.n)]
 
     def _with_ends(self, sampling: Sampling) -> Sampling:
