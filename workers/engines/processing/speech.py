@@ -83,8 +83,8 @@ class Speech:
         calls = self._format.calls
         if functions and calls is not None and calls.bare:
             raise InvalidRequestError(
-                "This model's calls begin as an answer may, so it cannot have both 'tools' and a format for the answer. "
-                "Leave one out, or say by 'tool_choice' whether a call must come: 'required' or 'none'.",
+                "This model's calls begin as an answer may, so it cannot have 'tools' and a format for the answer at "
+                "once. Leave one out, or say by 'tool_choice' whether a call must come: 'required' or 'none'.",
                 param=behind("", job.sampling.guide).param if job.sampling.guide is not None else "tools",
                 code="unsupported_parameter",
             )
