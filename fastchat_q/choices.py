@@ -15,6 +15,9 @@ EngineName = Literal[
 ]
 KIND_OF_ENGINE: "dict[str, Kind]" = {"embeddings": "embed", "rerank": "rerank"}
 """Which jobs an engine takes, if not chats."""
+FORWARDING: frozenset[EngineName] = frozenset({"openai", "anthropic", "gemini", "llama-cpp"})
+"""Engines whose model is another server, which may think for minutes without a word; sent again, it is paid again."""
+STALL_S, FORWARDED_STALL_S = 60.0, 600.0
 Pooling = Literal["auto", "mean", "cls", "last"]
 """What becomes the vector of a text: the mean of its tokens, the first, or the last."""
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu", "npu"]
@@ -275,6 +278,13 @@ def _words(options: Any) -> Iterator[str]:
             yield flag(entry.name)
         elif value is not None and value is not False:
             yield from (flag(entry.name), str(value))
+
+
+def stall_s(engine: EngineName, asked: float | None) -> float:
+    """How long a job of this engine may be without a token before it is tried again."""
+    if asked is not None:
+        return asked
+    return FORWARDED_STALL_S if engine in FORWARDING else STALL_S
 
 
 def flag(name: str) -> str:

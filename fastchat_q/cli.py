@@ -10,6 +10,7 @@ import typer
 from . import __version__, cli_dead, cli_jobs, cli_keys, cli_models, cli_queue
 from .choices import (
     KIND_OF_ENGINE,
+    STALL_S,
     TOKEN_DELAY_MS,
     DemandOptions,
     Device,
@@ -19,6 +20,7 @@ from .choices import (
     LoadOptions,
     UpstreamOptions,
     WorkerOptions,
+    stall_s,
 )
 from .cli_common import EXIT_USAGE, AsJson, RedisUrl, StateDir, load_settings, parse_duration, with_options
 from .errors import ConfigurationError
@@ -242,7 +244,13 @@ def worker(
         from .workers import main
         from .workers.worker import Limits
 
-        limits = Limits(settings.drain_s, settings.stall_s, settings.batch_reserve, settings.tenant_headroom)
+        limits = Limits(
+            drain_s=settings.drain_s,
+            stall_s=stall_s(engine, settings.stall_s),
+            hung_s=settings.stall_s or STALL_S,
+            batch_reserve=settings.batch_reserve,
+            tenant_headroom=settings.tenant_headroom,
+        )
         main.run(offered[0], limits, url, worker_id)
         return
     from .registry import ModelCard
@@ -260,7 +268,7 @@ def worker(
             card=ModelCard(offer.served_as, engine, None, int(time.time()), device, dtype, kind),
             slots=slots or 0,
             drain_s=settings.drain_s,
-            stall_s=settings.stall_s,
+            stall_s=settings.stall_s or STALL_S,
             load_stall_s=settings.load_stall_s,
         )
 

@@ -60,8 +60,9 @@ class Settings(BaseSettings):
     """A job that no worker has begun by then ends as expired."""
     deadline_s: float = Field(default=3600.0, gt=0)
     """A job that is not done by then, waiting or running, ends as expired."""
-    stall_s: float = Field(default=60.0, gt=0)
-    """A running job that gets no token for so long is tried again, on another worker if there is one."""
+    stall_s: float | None = Field(default=None, gt=0)
+    """A running job that gets no token for so long is tried again, on another worker if there is one. None: 60 s, and
+    600 s where the model is another server."""
     load_stall_s: float = Field(default=600.0, gt=0)
     """A model whose loading says nothing for so long is given up: its process is ended and started again."""
     disconnect_grace_s: float = Field(default=5.0, ge=0)

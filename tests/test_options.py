@@ -4,6 +4,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, get_args
 
 import pytest
+from fastchat_q.workers.forwarders import KINDS
 
 from fastchat_q.choices import (
     UNDERSTOOD,
@@ -13,6 +14,7 @@ from fastchat_q.choices import (
     UpstreamOptions,
     WorkerOptions,
     flag,
+    stall_s,
 )
 from fastchat_q.errors import ConfigurationError
 
@@ -103,3 +105,10 @@ def test_the_refusal_says_the_way_out() -> None:
         given("vllm", "quantization")
     with pytest.raises(ConfigurationError, match="CUDA_VISIBLE_DEVICES"):
         given("llama-cpp", "num_gpus")
+
+
+def test_a_model_behind_another_server_may_think_in_silence_for_longer_unless_told_otherwise() -> None:
+    forwarding = {engine: stall_s(engine, None) for engine in get_args(EngineName)}
+    assert {engine for engine, seconds in forwarding.items() if seconds == 600} == set(KINDS)
+    assert {seconds for engine, seconds in forwarding.items() if engine not in KINDS} == {60}
+    assert stall_s("openai", 5) == stall_s("transformers", 5) == 5

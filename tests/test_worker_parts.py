@@ -1,12 +1,16 @@
-"""The worker's arithmetic: slots and lanes, and what an error within a step means."""
+"""The worker's arithmetic: slots and lanes, silence, and what an error within a step means."""
 
 import errno
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from fastchat_q.workers.engines.base import OUT_OF_MEMORY
+from fastchat_q.workers.engines.echo import EchoEngine
 from fastchat_q.workers.engines.trouble import job_error
 from fastchat_q.workers.slots import GROW_S, LO_FIRST_EVERY, Slots
+from fastchat_q.workers.watch import EngineHungError, Watch
 
 from fastchat_q.errors import RetryableError
 
@@ -75,3 +79,27 @@ def test_a_device_that_still_works_gets_the_job_again_and_other_errors_are_the_j
     own = job_error(ValueError("nonsense"))
     assert not isinstance(own, RetryableError)
     assert own.code == "engine_error"
+
+
+def test_a_silent_job_has_longer_than_an_engine_that_makes_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("fastchat_q.workers.watch.time.monotonic", lambda: now[0])
+    engine = EchoEngine("echo", 1, 0)
+    watch = Watch(engine, stall_s=600, hung_s=60)
+    silent: Any = SimpleNamespace(emitted=False, given_at=0.0, given_at_step=0)
+
+    def pass_s(seconds: int, resting: bool) -> None:
+        engine.resting = resting  # an engine that waits for another server makes steps that bring nothing
+        engine.steps += seconds if resting else 0
+        for _ in range(seconds):
+            now[0] += 1
+            watch.tick()
+
+    pass_s(599, resting=True)
+    assert not watch.stalled(silent)
+    watch.check_engine()
+    pass_s(2, resting=True)
+    assert watch.stalled(silent)
+    pass_s(61, resting=False)
+    with pytest.raises(EngineHungError, match="60 s"):
+        watch.check_engine()

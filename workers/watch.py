@@ -24,11 +24,15 @@ class Watch:
     A job is stalled if it got no token for ``stall_s``. Its first token may take longer, as prompts wait for one
     another inside the engine: before it, the time counts only while no job at all gets a token. While a job waits for
     memory that others have, it does not count at all.
+
+    Args:
+        hung_s: an engine that made no step for so long hangs. None: as ``stall_s``.
     """
 
-    def __init__(self, engine: Engine, stall_s: float) -> None:
+    def __init__(self, engine: Engine, stall_s: float, hung_s: float | None = None) -> None:
         self._engine = engine
         self._stall_s = stall_s
+        self._hung_s = stall_s if hung_s is None else hung_s
         self._awake_s = 0.0
         self._ticked_at = time.monotonic()
         self._progress = engine.progress()
@@ -57,17 +61,17 @@ class Watch:
     @property
     def slow(self) -> bool:
         """Whether another worker had better take the next job."""
-        return self.silent_s > min(SLOW_S, self._stall_s)
+        return self.silent_s > min(SLOW_S, self._hung_s)
 
     @property
     def silent(self) -> bool:
         """Whether somebody else had better take over what runs."""
-        return self.silent_s > min(SILENT_S, self._stall_s)
+        return self.silent_s > min(SILENT_S, self._hung_s)
 
     def check_engine(self) -> None:
-        """Raises EngineHungError if the engine made no step for ``stall_s``."""
-        if self.silent_s > self._stall_s:
-            raise EngineHungError(f"the engine made no step for {self._stall_s:g} s")
+        """Raises EngineHungError if the engine made no step for ``hung_s``."""
+        if self.silent_s > self._hung_s:
+            raise EngineHungError(f"the engine made no step for {self._hung_s:g} s")
 
     def given(self, active: Active) -> None:
         """A job got a token."""

@@ -47,13 +47,15 @@ class Limits:
 
     Args:
         drain_s: on stop, running jobs may go on this long; then they are handed back.
-        stall_s: a job that gets no token for so long is tried again; an engine that makes no step ends the process.
+        stall_s: a job that gets no token for so long is tried again.
+        hung_s: an engine that makes no step for so long ends the process. None: as ``stall_s``.
         batch_reserve: the part of the slots that the batch lane may not hold.
         tenant_headroom: the part of the slots that a tenant leaves free to others that came lately.
     """
 
     drain_s: float = 30.0
     stall_s: float = 60.0
+    hung_s: float | None = None
     batch_reserve: float = 0.25
     tenant_headroom: float = 0.125
 
@@ -77,7 +79,7 @@ class Worker:
         self._engine = engine
         self._limits = limits
         self._slots = Slots(engine.slots, limits.batch_reserve, limits.tenant_headroom)
-        self._watch = Watch(engine, limits.stall_s)
+        self._watch = Watch(engine, limits.stall_s, limits.hung_s)
         self._active: dict[str, Active] = {}
         self._ahead = threading.Semaphore(MAX_STEPS_AHEAD)
         self._stopping, self._hurry = asyncio.Event(), asyncio.Event()

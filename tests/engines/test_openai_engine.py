@@ -241,6 +241,14 @@ def test_a_card_claims_what_its_kind_of_server_honours(owner: str, has: set[str]
     assert not features & lacks
 
 
+def test_what_would_be_ignored_never_reaches_the_server() -> None:
+    with forwarding(answer(says("unconstrained"), stops()), owner="llamacpp") as (driver, server):
+        (got,) = driver.run(with_sampling(guide=Guide(kind="regex", value="[0-9]+")))
+        assert (error_of(got).status, error_of(got).param) == (400, "structured_outputs")
+        assert "llama.cpp" in error_of(got).message
+    assert not server.bodies
+
+
 def test_a_server_that_is_told_by_its_operator_is_of_that_kind() -> None:
     with scripted(lambda _: models(owner="a-proxy")) as server:
         engine = connect("m", 1, Upstream("m", f"{server.base}/v1", KEY, "vllm"))

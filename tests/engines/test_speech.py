@@ -3,18 +3,22 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from fastchat_q.workers.engines.base import Request
 from fastchat_q.workers.engines.batching.intake import Intake
 from fastchat_q.workers.engines.loading.model import Loaded, load
 from fastchat_q.workers.engines.processing.sequence import Picked
 from fastchat_q.workers.engines.processing.speech import Speech, format_for
+from fastchat_q.workers.engines.processing.structured import Guides
 from fastchat_q.workers.engines.tiny.dialogues import TOOLS
 from fastchat_q.workers.parsing import format_of
 from transformers import AddedToken
 
+from fastchat_q.errors import InvalidRequestError
 from fastchat_q.events import ToolCallDelta
 from fastchat_q.jobs import Guide, Job, Message, Sampling
+from tests.servers import wait_until
 
 DEFINITIONS = tuple(tool.definition(name) for name, tool in TOOLS.items())
 
@@ -112,6 +116,46 @@ def test_a_constrained_answer_of_a_model_that_thinks_comes_behind_its_reasoning(
     assert "</think>" in getattr(thinking.guide, "before")  # noqa: B009
     over = Speech(loaded.tokenizer, format_of(None, "qwen3")).sampling(job(sampling=Sampling(guide=guide)), False)
     assert over.guide == guide
+
+
+def allowed(loaded: Loaded, guide: Guide, text: str) -> bool:
+    """Whether a model that follows this guide can say this, and end there."""
+    eos, size = loaded.eos_ids, len(loaded.tokenizer)
+    guided = Guides(loaded.tokenizer, size, eos).guided(guide)
+    wait_until(lambda: guided.ready, "it is compiled")
+    ids: Any = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    bits = np.zeros(4 * -(-size // 32), dtype=np.uint8)
+    for done, token in enumerate([*ids, min(eos)]):
+        guided.fill(bits, ids[:done])
+        if not np.unpackbits(bits, bitorder="little")[token]:
+            return False
+    return True
+
+
+def test_an_answer_with_tools_and_a_format_is_calls_or_of_that_format(loaded: Loaded) -> None:
+    schema = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
+    guided = Sampling(guide=Guide(kind="json_schema", value=schema))
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+    speech = Speech(loaded.tokenizer, format_of("hermes", None))
+    guide = speech.sampling(job(sampling=guided, tools=DEFINITIONS), None).guide
+    assert guide is not None
+    assert allowed(loaded, guide, call)
+    assert allowed(loaded, guide, f"{call}\n{call}")
+    assert allowed(loaded, guide, '{"a": 5}')
+    assert not allowed(loaded, guide, '{"b": 5}')
+    assert not allowed(loaded, guide, "Hello")
+    one = speech.sampling(job(sampling=guided, tools=DEFINITIONS, parallel_tool_calls=False), None).guide
+    assert one is not None
+    assert not allowed(loaded, one, f"{call}\n{call}")
+    for alone in (job(sampling=guided), job(sampling=guided, tools=DEFINITIONS, tool_choice="none")):
+        assert speech.sampling(alone, None).guide == guided.guide
+
+
+def test_calls_that_begin_as_an_answer_may_are_refused_beside_a_format(loaded: Loaded) -> None:
+    speech = Speech(loaded.tokenizer, format_of("llama3_json", None))
+    with pytest.raises(InvalidRequestError, match="tool_choice") as refused:
+        speech.sampling(job(sampling=Sampling(guide=Guide(kind="json_object")), tools=DEFINITIONS), None)
+    assert refused.value.param == "response_format"
 
 
 def test_a_template_that_shows_no_tools_has_no_calls() -> None:

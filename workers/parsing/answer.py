@@ -74,13 +74,25 @@ class Format:
         calls = self.calls.grammar(lark, functions, many)
         return lark.grammar(f"{self._reasoning(lark, is_open)} {calls}")
 
-    def before(self, is_open: bool | None, tokens: Mapping[str, int]) -> str:
-        """A grammar of what comes before an answer that is constrained: reasoning, and then ``@answer``; or empty."""
+    def before(
+        self,
+        is_open: bool | None,
+        tokens: Mapping[str, int],
+        functions: Sequence[Function] = (),
+        many: bool = True,
+    ) -> str:
+        """A grammar of what comes before an answer that is constrained: reasoning, and then ``@answer``; or empty.
+
+        Args:
+            functions: in the place of the answer one of these may be called, or several calls be made.
+        """
         lark = Lark(tokens)
-        reasoning = self._reasoning(lark, is_open)
+        reasoning, answer = self._reasoning(lark, is_open), "@answer"
         if isinstance(self.thinking, HarmonyForm):
-            reasoning += " " + self.thinking.final(lark)
-        return lark.grammar(f"{reasoning} @answer") if reasoning else ""
+            answer = f"{self.thinking.final(lark)} {answer}"
+        if functions and self.calls is not None:
+            answer = f"({self.calls.grammar(lark, functions, many)} | {answer})"
+        return lark.grammar(f"{reasoning} {answer}") if reasoning or answer != "@answer" else ""
 
     def _reasoning(self, lark: Lark, is_open: bool | None) -> str:
         if self.thinking is None:

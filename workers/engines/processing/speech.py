@@ -11,6 +11,7 @@ from fastchat_q.workers.parsing.thinking import Thinking
 from transformers import PreTrainedTokenizerBase
 
 from fastchat_q.choices import LoadOptions
+from fastchat_q.errors import InvalidRequestError
 from fastchat_q.jobs import Job, Sampling
 
 from .rendering import CONTINUE
@@ -63,7 +64,11 @@ class Speech:
         return Answer(self._format, functions, is_open, self._ids(job.id, choice), single)
 
     def sampling(self, job: Job, is_open: bool | None) -> Sampling:
-        """The job's, with the grammar of a call that must come, and with reasoning before what is constrained."""
+        """The job's, with the grammar of a call that must come, and with what else may come where it is constrained.
+
+        Raises:
+            InvalidRequestError: an answer that is constrained could not be told from a call.
+        """
         sampling, functions = job.sampling, self._functions(job)
         named = job.tool_choice.removeprefix("function:") if job.tool_choice.startswith("function:") else None
         if functions and (named or job.tool_choice == "required"):
@@ -71,11 +76,22 @@ class Speech:
             many = job.parallel_tool_calls and named is None
             grammar = self._format.grammar(allowed, many, is_open, self._tokens)
             guide = Composed(kind="grammar", value=grammar, param="tools", what="schema of the tools")
-        elif sampling.guide is not None and (before := self._format.before(is_open, self._tokens)):
+        elif sampling.guide is not None and (before := self._before(job, functions, is_open)):
             guide = behind(before, sampling.guide)
         else:
             return sampling
         return sampling.model_copy(update={"guide": guide})
+
+    def _before(self, job: Job, functions: list[Function], is_open: bool | None) -> str:
+        calls = self._format.calls
+        if functions and calls is not None and calls.bare:
+            raise InvalidRequestError(
+                "This model's calls begin as an answer may, so it cannot have 'tools' and a format for the answer at "
+                "once. Leave one out, or say by 'tool_choice' whether a call must come: 'required' or 'none'.",
+                param=behind("", job.sampling.guide).param if job.sampling.guide is not None else "tools",
+                code="unsupported_parameter",
+            )
+        return self._format.before(is_open, self._tokens, functions, job.parallel_tool_calls)
 
     def _functions(self, job: Job) -> list[Function]:
         if self._format.calls is None or job.tool_choice == "none":
