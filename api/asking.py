@@ -23,6 +23,7 @@ from . import render
 from .admission import admit, resolve
 from .auth import caller_of
 from .limits import NOTHING, Reservation
+from .media import Images
 from .problems import error_response
 from .service import Service, service_of
 from .streaming import JobStreamResponse, disconnected, raise_if_failed, sse
@@ -46,7 +47,7 @@ async def answer(
     stream: bool = False,
     detached: bool = False,
     spelt: Mapping[str, str] = MappingProxyType({}),
-    images: Mapping[str, bytes] = MappingProxyType({}),
+    images: Images | None = None,
 ) -> Response:
     """Queues a job and answers with what a worker makes of it.
 
@@ -55,7 +56,7 @@ async def answer(
         stream: with server-sent events, as they come.
         detached: the job is done though its client goes.
         spelt: parameters that have another name in the request than in the job.
-        images: of the job, by digest.
+        images: of the job; those that it names by URL are fetched when nothing else can refuse it.
     """
     service, caller = service_of(request), caller_of(request)
     idempotency = _idempotency(body, request)
@@ -71,7 +72,9 @@ async def answer(
     terms = _terms(service, caller, job, view, idempotency, detached=detached)
     reservation = Reservation(caller) if known else await service.limits.reserve(caller, job)
     try:
-        events = await service.relay.submit(job, terms, images)
+        if images is not None and service.fetcher is not None and not known:
+            job = await images.fetch(job, service.fetcher)
+        events = await service.relay.submit(job, terms, images.blobs if images is not None else {})
     except BaseException:
         service.limits.settle(reservation, NOTHING)
         raise

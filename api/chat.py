@@ -11,7 +11,7 @@ from .guard import check_rest
 from .media import Images
 from .render import View, completion
 from .schemas import ChatRequest
-from .service import Service, service_of
+from .service import service_of
 
 INLINE_BYTES = 256 * 1024
 """The images of a larger request are decoded on another thread: other streams must not wait for that."""
@@ -28,7 +28,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     """Queues the request as a job and answers with what a worker makes of it."""
     settings = service_of(request).settings
     size = len(await request.body())
-    images = await _images(body, service_of(request))
+    images = Images(settings.max_images, settings.max_image_bytes, remote=settings.allow_remote_images)
     job = body.to_job(images) if size <= INLINE_BYTES else await asyncio.to_thread(body.to_job, images)
     check_rest(size, images.url_bytes, settings.max_body_bytes)
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -42,14 +42,5 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         stream=bool(body.stream),
         detached=body.on_disconnect == "continue",
         spelt=body.spelt(),
-        images=images.blobs,
+        images=images,
     )
-
-
-async def _images(body: ChatRequest, service: Service) -> Images:
-    """What takes the images of a request in, those fetched already that it names by URL."""
-    settings, fetcher = service.settings, service.fetcher
-    images = Images(settings.max_images, settings.max_image_bytes, remote=fetcher is not None)
-    if fetcher is not None and (named := body.remote_images()):
-        images.fetched = await fetcher.fetch_all(named[: settings.max_images])
-    return images

@@ -1,14 +1,17 @@
 """Images in messages: from data URLs to bytes that lie beside the job, under the name of their digest."""
 
+import asyncio
 import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fastchat_q.errors import InvalidRequestError
 from fastchat_q.images import KINDS, media_type
+from fastchat_q.jobs import Job, Message, Part
+
+from .remote_images import Fetcher
 
 DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)(?:;[\w=.+-]+)*?(?P<base64>;base64)?,", re.ASCII)
 
@@ -26,8 +29,8 @@ class Images:
     max_bytes: int = 20 * 1024 * 1024
     blobs: dict[str, bytes] = field(default_factory=dict)
     """By SHA-256 in hex."""
-    fetched: Mapping[str, bytes] = field(default_factory=dict)
-    """By URL: images that were fetched."""
+    named: dict[str, str] = field(default_factory=dict)
+    """URLs of images that are yet to be fetched -> the parameter that names it first."""
     remote: bool = False
     """This server fetches images if they are named by URL."""
     url_bytes: int = 0
@@ -43,13 +46,28 @@ class Images:
         self._count += 1
         if self._count > self.max_count:
             raise _refused(param, f"The request has more than {self.max_count} images", "too_many_images")
-        content = self.fetched.get(url)
-        if content is None:
-            content = self._decode(url, param)
-            self.url_bytes += len(url)
+        if self.remote and url[:8].lower() == "https://":
+            self.named.setdefault(url, param)
+            return _place(url)
+        content = self._decode(url, param)
+        self.url_bytes += len(url)
         digest = hashlib.sha256(content).hexdigest()
         self.blobs[digest] = content
         return digest
+
+    async def fetch(self, job: Job, fetcher: Fetcher) -> Job:
+        """Fetches the images that are named by URL, and returns the job with their digests in their places.
+
+        Raises:
+            InvalidRequestError: one cannot be had.
+        """
+        if not self.named:
+            return job
+        fetched = await fetcher.fetch_all(self.named.items())
+        digests = await asyncio.to_thread(lambda: {url: hashlib.sha256(fetched[url]).hexdigest() for url in fetched})
+        self.blobs |= {digests[url]: content for url, content in fetched.items()}
+        places = {_place(url): digest for url, digest in digests.items()}
+        return job.model_copy(update={"messages": tuple([_filled(message, places) for message in job.messages])})
 
     def _decode(self, url: str, param: str) -> bytes:
         if not url.startswith("data:"):
@@ -76,6 +94,18 @@ class Images:
         if media_type(content) is None:
             raise _refused(param, f"The image is not {KINDS}", "invalid_image")
         return content
+
+
+def _place(url: str) -> str:
+    """What stands for the digest of an image until it is fetched: it can be no other image's."""
+    return f"url:{url}"
+
+
+def _filled(message: Message, places: dict[str, str]) -> Message:
+    if not message.images or not isinstance(message.content, tuple):
+        return message
+    parts = [Part(type=part.type, text=part.text, blob=places.get(part.blob, part.blob)) for part in message.content]
+    return message.model_copy(update={"content": tuple(parts)})
 
 
 def _refused(param: str, why: str, code: str) -> InvalidRequestError:

@@ -110,14 +110,6 @@ class ChatMessage(Strict):
                     raise field_error(f"content[{number}].type", "Only users send images", part.type)
         return self
 
-    def remote_images(self, path: str) -> list[tuple[str, str]]:
-        """Its images that are named by https URL, each with the path of its parameter."""
-        return [
-            (part.image_url.url, _url_path(path, number))
-            for number, part in enumerate(self.content if isinstance(self.content, list) else ())
-            if part.image_url is not None and part.image_url.url[:8].lower() == "https://"
-        ]
-
     def to_message(self, images: Images, path: str) -> Message:
         """The turn as a chat template takes it.
 

@@ -13,6 +13,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, urlsplit
 
@@ -60,6 +61,8 @@ class Fetcher:
     may_reach: Callable[[str], bool] = is_public
     tls: ssl.SSLContext | None = None
     _turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_AT_A_TIME))
+    _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(MAX_AT_A_TIME, "images"))
+    """Its own: a name server that does not answer holds a thread for longer than `timeout_s`."""
 
     async def fetch_all(self, named: Iterable[tuple[str, str]]) -> dict[str, bytes]:
         """The images of (URL, parameter) pairs, by URL.
@@ -82,7 +85,7 @@ class Fetcher:
         fetch = _Fetch(self, url)
         try:
             async with self._turns, asyncio.timeout(self.timeout_s):
-                return await asyncio.to_thread(fetch.run)
+                return await asyncio.get_running_loop().run_in_executor(self._threads, fetch.run)
         except TimeoutError:
             why = f"it did not come within {self.timeout_s:g} s"
         except FetchError as error:

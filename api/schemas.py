@@ -191,14 +191,6 @@ class ChatRequest(Strict):
         """Parameters that have other names here than in a job."""
         return {} if self.structured_outputs is None else {"response_format": "structured_outputs"}
 
-    def remote_images(self) -> list[tuple[str, str]]:
-        """Images that are named by https URL, each with the path of its parameter."""
-        return [
-            found
-            for number, message in enumerate(self.messages)
-            for found in message.remote_images(f"messages[{number}]")
-        ]
-
     def to_job(self, images: Images) -> Job:
         """One frozen job with a new id. An absent seed is drawn here, so that a resumed job draws the same tokens.
 

@@ -1,16 +1,25 @@
 """Fetching images for a server that allows it: from the Internet, within limits, and nothing from our own network."""
 
 import asyncio
+import base64
+import hashlib
 import ssl
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import trustme
+from fastchat_q.api.media import Images
 from fastchat_q.api.remote_images import Fetcher, is_public
+from fastchat_q.api.schemas import ChatRequest
 
 from fastchat_q.errors import InvalidRequestError
+
+from .http_client import Reply, post
+from .servers import free_port
+from .stack import API_KEY, Stack
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(1000)
 ANSWERS = {"/a.png": PNG, "/b.png": PNG + b"b", "/page": b"<html>" * 100, "/large": PNG + bytes(200_000)}
@@ -93,6 +102,58 @@ def test_a_server_that_nobody_vouches_for_is_refused(site: tuple[str, ssl.SSLCon
 def test_nothing_of_our_own_network_is_reached(site: tuple[str, ssl.SSLContext], url: str) -> None:
     with pytest.raises(InvalidRequestError, match="not on the public Internet"):
         fetched(Fetcher(100_000, tls=site[1]), url.format(base=site[0]))
+
+
+async def test_names_that_are_not_resolved_hold_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    def stuck(*_: object, **__: object) -> list[object]:
+        answered.wait(20)
+        return []
+
+    monkeypatch.setattr("fastchat_q.api.remote_images.socket.getaddrinfo", stuck)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+    try:
+        with pytest.raises(InvalidRequestError, match=r"did not come within 0\.2 s"):
+            await Fetcher(1000, timeout_s=0.2).fetch_all([(f"https://{n}.example.org/", "p") for n in range(4)])
+        async with asyncio.timeout(10):
+            assert await asyncio.to_thread(lambda: "at once") == "at once"
+    finally:
+        answered.set()
+
+
+def test_a_job_names_a_fetched_image_by_its_digest(site: tuple[str, ssl.SSLContext]) -> None:
+    base, tls = site
+    data = f"data:image/png;base64,{base64.b64encode(PNG + b'c').decode()}"
+    urls = (f"{base}/a.png", data, f"{base}/b.png", f"{base}/a.png")
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    body = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": parts}]})
+    images = Images(remote=True)
+    job = asyncio.run(images.fetch(body.to_job(images), Fetcher(100_000, may_reach=lambda _: True, tls=tls)))
+    expected = [hashlib.sha256(content).hexdigest() for content in (PNG, PNG + b"c", PNG + b"b", PNG)]
+    assert list(job.messages[0].images) == expected
+    assert {digest: hashlib.sha256(content).hexdigest() for digest, content in images.blobs.items()} == {
+        digest: digest for digest in expected
+    }
+
+
+def test_nothing_is_fetched_for_a_request_that_is_refused_anyway(stack: Stack) -> None:
+    """This server's own address is never fetched from: that error would tell of a try."""
+    stack.start_worker("--model", "echo", "--engine", "echo")
+    stack.start_scripted_worker("script")
+    port = free_port()
+    stack.start_api(port, FASTCHAT_Q_ALLOW_REMOTE_IMAGES="true")
+    limited = stack.make_key("--rpm", "1")
+
+    def ask(model: str, key: str = API_KEY) -> Reply:
+        part = {"type": "image_url", "image_url": {"url": f"https://127.0.0.1:{port}/a.png"}}
+        body = {"model": model, "messages": [{"role": "user", "content": [part]}], "max_tokens": 5}
+        return post(port, body, headers={"authorization": f"Bearer {key}"})
+
+    assert ask("nobody").error()["code"] == "model_not_found"
+    assert ask("echo").error()["code"] == "unsupported_parameter"
+    assert ask("script", limited).error()["code"] == "image_not_fetched"
+    assert ask("script", limited).error()["code"] == "rate_limit_exceeded"
 
 
 @pytest.mark.parametrize("url", ["http://example.org/a.png", "https://me:pw@example.org/", "https://", "https://a b/"])

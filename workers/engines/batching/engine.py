@@ -69,6 +69,8 @@ class TransformersEngine(Engine):
         return (self.card, *self._adapters.cards(self.card))
 
     def admit(self, request: Request) -> None:
+        if self._intake.render_aside(request):
+            return
         answers, ended = self._intake.answers(request)
         if ended is not None:
             self._replayed.append(Output(request.ticket, ended=ended))
@@ -90,7 +92,7 @@ class TransformersEngine(Engine):
     def wait_s(self) -> float | None:
         if len(self.scheduler) or self._replayed:
             return 0.0
-        return COMPILING_S if self._compiling else None
+        return COMPILING_S if self._compiling or self._intake.is_rendering else None
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
@@ -98,6 +100,8 @@ class TransformersEngine(Engine):
         if not self._warm:
             self.busy_for(FIRST_FORWARD_S)
             self._warm = True
+        for request in self._intake.rendered():
+            self._admit(request, outputs)
         if self._compiling:
             self._start_ready(outputs)
         try:
@@ -244,6 +248,7 @@ class TransformersEngine(Engine):
         self.scheduler.submit(run)
 
     def _forget(self, ticket: str) -> None:
+        self._intake.forget(ticket)
         self.scheduler.leave(self._tickets.pop(ticket, ()))
         self._compiling = [choice for choice in self._compiling if choice.answers.ticket != ticket]
 

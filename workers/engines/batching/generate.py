@@ -57,6 +57,8 @@ class GenerateEngine(Engine):
         return (self.card, *self._adapters.cards(self.card))
 
     def admit(self, request: Request) -> None:
+        if self._intake.render_aside(request):
+            return
         answers, ended = self._intake.answers(request)
         if ended is not None:
             self._told.append(Output(request.ticket, ended=ended))
@@ -64,6 +66,7 @@ class GenerateEngine(Engine):
         self._waiting += [choice for choice in answers.choices if answers.count == 1 or not answers.has_ended(choice)]
 
     def drop(self, ticket: str) -> None:
+        self._intake.forget(ticket)
         self._told = [output for output in self._told if output.ticket != ticket]
         self._waiting = deque(choice for choice in self._waiting if choice.answers.ticket != ticket)
         if self._current is not None and self._current.ticket == ticket:
@@ -72,10 +75,11 @@ class GenerateEngine(Engine):
     def wait_s(self) -> float | None:
         if self._told or any(_is_ready(choice) for choice in self._waiting):
             return 0.0
-        return COMPILING_S if self._waiting else None
+        return COMPILING_S if self._waiting or self._intake.is_rendering else None
 
     def step(self) -> list[Output]:
         """A whole answer; its tokens go to the sink as they come."""
+        self._take_rendered()
         choice = next((choice for choice in self._waiting if _is_ready(choice)), None)
         if choice is not None:
             self._waiting.remove(choice)
@@ -141,7 +145,12 @@ class GenerateEngine(Engine):
             else:
                 self._admit(item, outputs)
         self._told += outputs
+        self._take_rendered()
         self.alive()
+
+    def _take_rendered(self) -> None:
+        for request in self._intake.rendered():
+            self._admit(request, self._told)
 
 
 @contextmanager

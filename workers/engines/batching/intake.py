@@ -1,7 +1,10 @@
 """From a request to sequences that can run: prompt rendered and checked, limits, what an earlier attempt said."""
 
+import copy
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+import structlog
 import torch
 
 from fastchat_q.events import Usage
@@ -16,8 +19,14 @@ from ..processing.speech import Speech
 from ..processing.structured import Guides
 from ..processing.text import TokenTexts
 
+log = structlog.get_logger()
+
 COMPILING_S = 0.005
-"""How often an engine looks whether a grammar is compiled, when nothing else is to be done."""
+"""How often an engine looks whether a grammar is compiled or a prompt rendered, when nothing else is to be done."""
+LONG_PROMPT = 16_000
+"""Characters of a job. Rendering takes some 2 us each (`tiny`, one core): longer ones would be felt by the streams."""
+Prompt = tuple[list[int], dict[str, torch.Tensor]]
+"""Token ids, and what the forward pass takes beside them."""
 FEATURES: tuple[Feature, ...] = ("n", "sampling", "penalties", "logprobs", "structured_outputs")
 """What every engine can do that takes its requests in here and draws their tokens with `Sampler`."""
 
@@ -92,7 +101,7 @@ class Answers:
 
 
 class Intake:
-    """Makes sequences of requests, for one model.
+    """Makes sequences of requests, for one model. All but the rendering of long prompts runs on the engine's thread.
 
     Args:
         room: tokens that a request may have in memory, if that is less than the model's context.
@@ -103,6 +112,9 @@ class Intake:
         self._room = room
         vocabulary = loaded.model.config.get_text_config().vocab_size
         self._renderer = Renderer(loaded.tokenizer, vocabulary, loaded.chat, loaded.adapter, loaded.sight)
+        self._aside_renderer = self._second_renderer(vocabulary)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prompts")
+        self._aside: dict[str, tuple[Request, Future[Prompt]]] = {}
         self.texts = TokenTexts(loaded.tokenizer)
         guides = Guides(loaded.tokenizer, vocabulary, loaded.eos_ids)
         rules = ModelRules.of(loaded.model)
@@ -110,14 +122,41 @@ class Intake:
         self._speech = Speech(loaded.tokenizer, loaded.format)
         self._with_marks = replace(self._language, decode=self._speech.decode)
 
+    def render_aside(self, request: Request) -> bool:
+        """Begins to render what takes long, long prompts and images, on a thread of its own.
+
+        False: there is no need to, or it is done: `answers` takes it in. Else it comes out of `rendered`.
+        """
+        job, renderer = request.job, self._aside_renderer
+        if request.ticket in self._aside or renderer is None:
+            return False
+        if not job.blobs and len(job.model_dump_json()) <= LONG_PROMPT:
+            return False
+        self._aside[request.ticket] = (request, self._thread.submit(_render, renderer, request))
+        return True
+
+    def rendered(self) -> list[Request]:
+        """Requests that were rendered aside and can be taken in."""
+        return [request for request, prompt in self._aside.values() if prompt.done()]
+
+    @property
+    def is_rendering(self) -> bool:
+        """Whether some request is rendered aside."""
+        return bool(self._aside)
+
+    def forget(self, ticket: str) -> None:
+        """Nobody waits for this one any more."""
+        if (aside := self._aside.pop(ticket, None)) is not None:
+            aside[1].cancel()
+
     def answers(self, request: Request) -> tuple[Answers, Ended | None]:
         """The choices of a job with what they have said already, and its end if that was all.
 
         Raises:
             InvalidRequestError: it cannot be served.
         """
-        job = request.job
-        prompt, inputs = self._renderer.seen(job, request.blobs) if job.blobs else (self._renderer.prompt(job), {})
+        job, aside = request.job, self._aside.pop(request.ticket, None)
+        prompt, inputs = aside[1].result() if aside is not None else _render(self._renderer, request)
         limit = token_limit(self._loaded.context_length, len(prompt), job.sampling.max_tokens, self._room)
         answers = Answers(request.ticket, job.model)
         is_open = self._speech.is_open(job, prompt)
@@ -135,7 +174,27 @@ class Intake:
                     break
         return answers, last
 
+    def _second_renderer(self, vocabulary: int) -> Renderer | None:
+        """For the other thread: encoding changes settings of a tokenizer, which two threads cannot share.
+
+        None: the model has Python code of its own, which is called from one thread, or its tokenizer is not to be copied.
+        """
+        loaded = self._loaded
+        if loaded.adapter is not None:
+            return None
+        try:
+            tokenizer = copy.deepcopy(loaded.tokenizer)
+        except Exception as error:  # a tokenizer may be anybody's code
+            log.warning("long prompts are rendered between steps: the tokenizer cannot be copied", why=str(error))
+            return None
+        return Renderer(tokenizer, vocabulary, loaded.chat, None, loaded.sight)
+
     def _decode_ids(self, ids: list[int]) -> str:
         text = self._loaded.tokenizer.decode(ids, skip_special_tokens=True)
         assert isinstance(text, str)
         return text
+
+
+def _render(renderer: Renderer, request: Request) -> Prompt:
+    job = request.job
+    return renderer.seen(job, request.blobs) if job.blobs else (renderer.prompt(job), {})
