@@ -9,13 +9,14 @@ import torch
 from fastchat_q.workers import watch
 from fastchat_q.workers.active import Active
 from fastchat_q.workers.engines.base import OUT_OF_MEMORY, Request
-from fastchat_q.workers.engines.batching import draws, kv, prefixes, sequence
+from fastchat_q.workers.engines.batching import draws, kv, prefixes
 from fastchat_q.workers.engines.batching.engine import TransformersEngine
 from fastchat_q.workers.engines.batching.intake import Choice
 from fastchat_q.workers.engines.batching.passes import Part, Result
 from fastchat_q.workers.engines.batching.sampling import Sampler
 from fastchat_q.workers.engines.batching.scheduler import Pace
 from fastchat_q.workers.engines.loading.model import Loaded
+from fastchat_q.workers.engines.processing import sequence
 from fastchat_q.workers.line import Line
 from transformers import PreTrainedTokenizerBase
 
@@ -186,12 +187,13 @@ def test_kv_memory_that_is_short_for_a_while_fails_nobody(
     assert a.ids == expected(llama, question(1), 300)
 
 
+@pytest.mark.parametrize(
+    "either", ["llama", "falcon", "jamba"], indirect=True
+)  # the fourth way's caches grow in passes
 @pytest.mark.parametrize("times", [1, 5])
 def test_rows_that_find_no_memory_to_grow_go_on_when_there_is_some(
     drive: Drive, either: Loaded, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
-    if not hasattr(engine.way, "_slab") and not hasattr(engine.way, "_store"):
-        pytest.skip("a cache of the library's, which grows in passes")
     faults = out_of_memory()
     driver = drive(engine)
     monkeypatch.setattr(kv, "torch", ShortTorch(faults, "zeros"))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from fastchat_q.workers.engines.batching.engine import TransformersEngine, build
 from fastchat_q.workers.engines.batching.generate import GenerateEngine
 from fastchat_q.workers.engines.loading.model import Loaded
@@ -97,6 +98,21 @@ def test_a_failing_pass_fails_that_request_alone(running: Driver, t5: Loaded, mo
     assert failed.ended is not None
     assert isinstance(failed.ended.error, JobFailedError)
     assert len(fine.ids) == 5
+
+
+def test_a_request_whose_logits_are_no_numbers_fails_alone(running: Driver, t5: Loaded) -> None:
+    passes = iter(range(10**6))
+    hook = t5.model.get_output_embeddings().register_forward_hook(
+        lambda module, args, logits: logits * torch.nan if next(passes) == 2 else logits
+    )
+    try:
+        failed, fine = running.run(job("a", max_tokens=5, temperature=1.0, top_p=0.9), job("b", max_tokens=5))
+    finally:
+        hook.remove()
+    assert failed.ended is not None
+    assert isinstance(failed.ended.error, JobFailedError)
+    assert "not finite" in failed.ended.error.message
+    assert (len(failed.ids), len(fine.ids)) == (2, 5)
 
 
 def test_choices_differ_and_end_together(running: Driver) -> None:
