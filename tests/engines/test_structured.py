@@ -15,7 +15,7 @@ from fastchat_q.workers.engines.loading.model import Loaded
 from fastchat_q.workers.engines.processing import structured
 from fastchat_q.workers.engines.processing.grammars import Checker
 from fastchat_q.workers.engines.processing.sequence import Language, Picked, Sequence
-from fastchat_q.workers.engines.processing.structured import CACHED_GRAMMARS, Guides
+from fastchat_q.workers.engines.processing.structured import CACHED_GRAMMARS, Guides, check
 from fastchat_q.workers.engines.processing.text import TokenTexts
 from llguidance import LLMatcher
 from transformers import PreTrainedTokenizerBase
@@ -377,3 +377,11 @@ def test_a_picked_token_outside_the_mask_is_noticed(speaks: Language) -> None:
     [picked] = sampler.pick(torch.zeros(1, speaks.vocabulary), [one])
     with pytest.raises(InvalidRequestError, match="cannot be followed"):
         one.accept(picked)
+
+
+def test_a_grammar_may_name_control_tokens_beyond_those_of_the_process_that_checks_it() -> None:
+    grammar = 'start: <[1022]> word <|im_end|>\nword: "<[7]>" | /a\\/<[8]>/ | %json {"const": "<[9]>"}\n'
+    checker = Checker()
+    assert check(Guide(kind="grammar", value=grammar), checker) == grammar
+    with pytest.raises(InvalidRequestError, match="unknown name"):
+        check(Guide(kind="grammar", value="start: <[1022]> nobody\n"), checker)

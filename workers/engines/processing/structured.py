@@ -36,6 +36,9 @@ JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x09]{0,12}", "lenient": False}
 that cannot be held to is refused, never ignored."""
 JSON_KINDS = ("json_object", "json_schema")
 IN_A_GRAMMAR = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
+CONTROL_TOKENS = re.compile(r"""("(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/)|<[^\s<>"]+>""")
+SOME_BYTE = '"\\x01"'
+"""Control tokens of a grammar, outside of strings and expressions: what knows bytes only reads this instead."""
 ANSWER = "@answer"
 """In a grammar of what comes first: the rest."""
 
@@ -175,8 +178,10 @@ def check(guide: Guide, checker: Checker) -> str:
         InvalidRequestError: it is none, or takes too long.
     """
     grammar = lark(guide)
-    if not _is_harmless(guide) and (error := checker.error(LLMatcher.grammar_from_lark(grammar))):
-        raise _refusal(guide, error)
+    if not _is_harmless(guide):
+        bytes_only = CONTROL_TOKENS.sub(lambda found: found[1] or SOME_BYTE, grammar)
+        if error := checker.error(LLMatcher.grammar_from_lark(bytes_only)):
+            raise _refusal(guide, error)
     return grammar
 
 
