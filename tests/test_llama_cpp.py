@@ -1,4 +1,4 @@
-"""GGUF through llama.cpp, for real: the built-in model as a GGUF file. Skipped where llama.cpp is not installed, but not in CI."""
+"""GGUF through llama.cpp, for real: the built-in model as a GGUF file. Skipped without llama.cpp, but not in CI."""
 
 import os
 import shutil
