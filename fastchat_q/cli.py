@@ -98,7 +98,10 @@ def offers(options: WorkerOptions, demand: DemandOptions) -> list[WorkerOptions]
         for name, model in map(named, (options.model, *demand.more))
     ]
     if options.lora and demand.applies:
-        raise ConfigurationError("--lora is for one model that is loaded at once, without --on-demand.")
+        raise ConfigurationError(
+            "--lora is for one model that is loaded at once, without --on-demand. Start a worker of its own for it and "
+            "its adapters; beside it another one can load the other models on demand."
+        )
     names = [name for offer in found for name in (offer.served_as, *offer.adapters)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigurationError(f"Several models are called {', '.join(twice)}. Name each: --model NAME=MODEL.")

@@ -93,7 +93,7 @@ def test_a_broken_adapter_keeps_the_worker_from_starting_and_says_why(stack: Sta
         (["--lora", "mine"], "expected NAME=FOLDER or NAME=HUB_ID"),
         (["--lora", "tiny=x"], "another model of this worker is called 'tiny'"),
         (["--lora", "a=x", "--lora", "a=y"], "another model of this worker is called 'a'"),
-        (["--lora", "a=x", "--on-demand"], "loaded at once, without --on-demand"),
+        (["--lora", "a=x", "--on-demand"], "loaded at once, without --on-demand. Start a worker of its own"),
         (["--lora", "a=x", "--engine", "echo", "--no-supervise"], "echo has no adapters"),
     ],
 )

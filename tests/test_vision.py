@@ -15,8 +15,8 @@ from fastchat_q import keys
 
 from .engines.vision_models import picture, seeing
 from .http_client import post
-from .stack import Stack, running_stack
-from .streams import open_stream
+from .stack import Stack, running_stack, wait_until
+from .streams import open_stream, stream_text
 
 MODEL = "eyes"
 TINY = Path(__file__).parent.parent / "workers/engines/tiny/model"
@@ -105,6 +105,18 @@ def test_the_job_record_names_the_digest_and_a_lost_image_is_an_honest_error(eye
     connection.hang_up()
     assert "part_lost" in said
     assert eyes.client().chat.completions.create(**asking(content)).choices, "the worker lives"
+
+
+def test_a_waiting_job_and_its_image_are_stored_again_after_redis_lost_them(eyes: Stack) -> None:
+    content = picture(4)
+    [expected] = eyes.client().chat.completions.create(**asking(content)).choices
+    eyes.redis.set(keys.model_keys(MODEL).mode, "paused")
+    connection, _ = open_stream(eyes.port, {**asking(content), "stream": True})
+    wait_until(lambda: eyes.live(MODEL) == 1, "it waits")
+    eyes.redis.flushall()  # the pause as well
+    assert "".join(stream_text(connection)) == expected.message.content
+    assert eyes.redis.strlen(blob(content)) == len(content)
+    wait_until(lambda: post(eyes.port, asking(content)).status == 200, "the model is there again")
 
 
 def test_images_that_cannot_be_taken_are_400_and_say_which(eyes: Stack) -> None:

@@ -177,7 +177,7 @@ class Intake:
     def _second_renderer(self, vocabulary: int) -> Renderer | None:
         """For the other thread: encoding changes settings of a tokenizer, which two threads cannot share.
 
-        None: the model has Python code of its own, called from one thread only, or its tokenizer is not to be copied.
+        None: the model has Python code of its own, which one thread calls, or its tokenizer is not to be copied.
         """
         loaded = self._loaded
         if loaded.adapter is not None:
