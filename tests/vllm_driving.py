@@ -26,7 +26,7 @@ CONTEXT = 512
 STARTUP_S = 400.0
 LONG = " ".join(f"word{n}" for n in range(20))
 LOAD = LoadOptions(max_model_len=CONTEXT)
-OPTIONS = WorkerOptions("", "tiny", "vllm", 16, "auto", "float32", None, 0.0, LOAD)
+OPTIONS = WorkerOptions("", "tiny", "vllm", 16, "auto", "float32", load=LOAD)
 EAGER = ("enforce-eager=true",)
 """Without compilation, which takes a minute and changes the order of sums."""
 
