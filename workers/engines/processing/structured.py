@@ -37,7 +37,7 @@ that cannot be held to is refused, never ignored."""
 JSON_KINDS = ("json_object", "json_schema")
 IN_A_GRAMMAR = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 CONTROL_TOKENS = re.compile(r"""("(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/)|<[^\s<>"]+>""")
-SOME_BYTE = '"\\x01"'
+SOME_BYTE = '"."'
 """Control tokens of a grammar, outside of strings and expressions: what knows bytes only reads this instead."""
 ANSWER = "@answer"
 """In a grammar of what comes first: the rest."""
