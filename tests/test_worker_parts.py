@@ -86,7 +86,7 @@ def test_a_silent_job_has_longer_than_an_engine_that_makes_no_step(monkeypatch: 
     monkeypatch.setattr("fastchat_q.workers.watch.time.monotonic", lambda: now[0])
     engine = EchoEngine("echo", 1, 0)
     watch = Watch(engine, stall_s=600, hung_s=60)
-    silent: Any = SimpleNamespace(emitted=False, given_at=0.0, given_at_step=0)
+    silent: Any = SimpleNamespace(ticket="J1 1", emitted=False, given_at=0.0, given_at_step=0)
 
     def pass_s(seconds: int, resting: bool) -> None:
         engine.resting = resting  # an engine that waits for another server makes steps that bring nothing
