@@ -94,7 +94,10 @@ def test_a_broken_adapter_keeps_the_worker_from_starting_and_says_why(stack: Sta
         (["--lora", "tiny=x"], "another model of this worker is called 'tiny'"),
         (["--lora", "a=x", "--lora", "a=y"], "another model of this worker is called 'a'"),
         (["--lora", "a=x", "--on-demand"], "loaded at once, without --on-demand. Start a worker of its own"),
-        (["--lora", "a=x", "--engine", "echo", "--no-supervise"], "echo has no adapters"),
+        (
+            ["--lora", "a=x", "--engine", "echo", "--no-supervise"],
+            "--lora is not for --engine echo: only for",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(folder: Path, flags: list[str], said: str) -> None:

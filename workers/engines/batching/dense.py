@@ -125,7 +125,8 @@ class Dense(Way):
     def _promises(self, rows: int, columns: int) -> bool:
         """Whether so many rows, one with so many columns, and all whose prompts are not in yet find room together."""
         rows += len(self._prompts)
-        longest = max([columns, *self._prompts.values(), *(place.length + 1 for place in self._slab.places)])
+        # Two columns more: the rows that decode get a token in the very step at whose end a prompt joins them.
+        longest = max([columns, *self._prompts.values(), *(place.length + 2 for place in self._slab.places)])
         return self.room.fits(rows, rows * longest)
 
     def _add(self, row: Row, length: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import structlog
 import torch
 
-from fastchat_q.errors import FastchatQError, InvalidRequestError
+from fastchat_q.errors import FastchatQError, RetryableError
 from fastchat_q.registry import ModelCard
 
 from ..base import Ended, Engine, Output, Request
@@ -185,8 +185,11 @@ class TransformersEngine(Engine):
             ticket = choice.answers.ticket
             if ticket not in self._tickets:
                 continue
-            if not again or choice.suspect or choice.restarts == MOST_RESTARTS:
+            if not again or choice.suspect:
                 self._end(ticket, Ended(error=failure), outputs)
+                continue
+            if choice.restarts == MOST_RESTARTS:  # it may have sat beside others that failed: another try may do
+                self._end(ticket, Ended(error=RetryableError(str(failure), code=failure.code)), outputs)
                 continue
             choice.suspect = True
             choice.restarts += 1
@@ -239,7 +242,7 @@ class TransformersEngine(Engine):
                 if choice.sequence.ready:
                     self._compiling.remove(choice)
                     self._start(choice)
-            except InvalidRequestError as error:
+            except FastchatQError as error:
                 self._end(choice.answers.ticket, Ended(error=error), outputs)
 
     def _start(self, choice: Choice) -> None:

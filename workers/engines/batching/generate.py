@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from fastchat_q.errors import InvalidRequestError
+from fastchat_q.errors import FastchatQError
 from fastchat_q.registry import ModelCard
 
 from ..base import Ended, Engine, Output, Request
@@ -168,7 +168,7 @@ def _is_ready(choice: Choice) -> bool:
     """Whether it can be generated, if only to find out what is wrong with its grammar."""
     try:
         return choice.sequence.ready
-    except InvalidRequestError:
+    except FastchatQError:
         return True
 
 

@@ -64,7 +64,8 @@ class Pace:
     def note(self, decoding: bool, prompt_tokens: int, seconds: float) -> None:
         """What a step took."""
         if not prompt_tokens:
-            self._decode_s = _smooth(self._decode_s, seconds)
+            if decoding:  # a step that only looked whether something is ready says nothing
+                self._decode_s = _smooth(self._decode_s, seconds)
         elif prompt_tokens >= SMALLEST_PIECE // 2:  # fewer say more about what a pass costs than what a token costs
             spent = max(seconds - (self._decode_s if decoding else 0.0), seconds / 4)
             self._tokens_per_s = _smooth(self._tokens_per_s, prompt_tokens / spent)

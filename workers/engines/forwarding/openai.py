@@ -68,8 +68,10 @@ class OpenAIEngine(RemoteEngine):
         await self._client.close()
 
     async def probe(self) -> None:
-        models = (await self._client.models.list(timeout=CONNECT_S)).data
-        self.dialect = _dialect(models, self.upstream, self.dialect)
+        found = await self._client.models.list(timeout=CONNECT_S)
+        models = getattr(found, "data", None)
+        if isinstance(models, list):  # else an answer that is none: a proxy's page, perhaps; the server is there
+            self.dialect = _dialect(models, self.upstream, self.dialect)
 
     def troubled(self, error: Exception) -> Trouble:
         return trouble_of(error)
@@ -252,6 +254,9 @@ def connect(name: str, slots: int, upstream: Upstream) -> OpenAIEngine:
         raise ConfigurationError(
             f"The server at {client.base_url} refuses the key (HTTP {error.status_code}): see --api-key-env."
         ) from error
+    except (AttributeError, TypeError, ValueError) as error:  # an answer, and no list: a proxy's page, perhaps
+        log.warning("upstream tells nothing of its models", why=f"{type(error).__name__}: {error}")
+        dialect = told or PLAIN
     except (openai.APIError, httpx2.HTTPError) as error:
         trouble = trouble_of(error)
         log.warning("upstream tells nothing of its models", why=trouble.message)

@@ -8,9 +8,11 @@ Run as a module, this is that process, which needs llguidance only: a grammar a 
 import contextlib
 import json
 import resource
+import signal
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -22,17 +24,26 @@ LIMITS = LLParserLimits(step_lexer_fuel=50_000, step_max_items=10_000, max_lexer
 """Less than llguidance's own: a step of the engine waits for a mask, and a row keeps 1 or 2 kB for each state."""
 
 
+OVER_ITS_LIMITS = (-signal.SIGXCPU, -signal.SIGABRT, -signal.SIGSEGV)
+"""How the process ends over time or memory: Rust aborts when it gets none."""
+
+
 class Checker:
     """Asks the process, which is started when it is needed. Not for several threads."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
+        self._ended: weakref.finalize[..., Checker] | None = None
 
     def error(self, grammar: str) -> str:
-        """What is wrong with a grammar, or empty."""
+        """What is wrong with a grammar, or empty.
+
+        Raises:
+            OSError: the process cannot be started, or was ended by somebody else.
+        """
         if self._process is None:
             self._process = _started()
-            weakref.finalize(self, _end, self._process)
+            self._ended = weakref.finalize(self, _end, self._process)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -41,8 +52,12 @@ class Checker:
         answer = self._process.stdout.readline()
         if answer:
             return str(json.loads(answer))
-        _end(self._process)
-        self._process = None
+        process, self._process = self._process, None
+        code = process.wait()
+        assert self._ended is not None
+        self._ended()
+        if code not in OVER_ITS_LIMITS:
+            raise ChildProcessError(f"the process that checks grammars ended with code {code}")
         return f"it takes more than {COMPILE_S} seconds or {MEMORY // 2**20} MiB to compile"
 
 
@@ -67,13 +82,17 @@ def _end(process: "subprocess.Popen[str]") -> None:
 
 def _serve() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    with contextlib.suppress(OSError):  # if memory runs out, this process goes, and not the worker
+        Path("/proc/self/oom_score_adj").write_text("1000")
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     of_bytes = LLTokenizer("byte")
     for line in sys.stdin:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         spent = int(usage.ru_utime + usage.ru_stime)
-        resource.setrlimit(resource.RLIMIT_CPU, (spent + 1 + COMPILE_S, resource.RLIM_INFINITY))
+        limit = spent + 1 + COMPILE_S
+        resource.setrlimit(resource.RLIMIT_CPU, (limit if most < 0 else min(limit, most), most))
         try:
             matcher = first_masked(of_bytes, json.loads(line))
             error = matcher.get_error() if matcher.is_error() else ""

@@ -20,7 +20,7 @@ from llguidance.hf import from_tokenizer
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fastchat_q.errors import InvalidRequestError
+from fastchat_q.errors import FastchatQError, InvalidRequestError, RetryableError
 from fastchat_q.jobs import Guide
 
 from ..tensors import to_device
@@ -36,7 +36,7 @@ JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x09]{0,12}", "lenient": False}
 that cannot be held to is refused, never ignored."""
 JSON_KINDS = ("json_object", "json_schema")
 IN_A_GRAMMAR = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
-CONTROL_TOKENS = re.compile(r"""("(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/)|<[^\s<>"]+>""")
+CONTROL_TOKENS = re.compile(r"""(//[^\n]*|"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/)|<[^\s<>"]+>""")
 SOME_BYTE = '"."'
 """Control tokens of a grammar, outside of strings and expressions: what knows bytes only reads this instead."""
 ANSWER = "@answer"
@@ -87,7 +87,7 @@ class Guides:
             lack = "an end token" if not self._eos_ids else "a fast tokenizer"
             raise InvalidRequestError(f"This model has not {lack}, which structured outputs need.", param=_param(guide))
         compiled = self._compiled.get(guide)
-        if compiled is None:
+        if compiled is None or (compiled.done() and isinstance(compiled.exception(), RetryableError)):
             compiled = self._compiled[guide] = self._compiler.submit(self._compile, guide)
         self._compiled.move_to_end(guide)
         while len(self._compiled) > CACHED_GRAMMARS or (len(self._compiled) > 1 and self._kept_s() > CACHED_S):
@@ -106,8 +106,10 @@ class Guides:
     def _compile(self, guide: Guide) -> Compiled:
         try:
             return self._matcher(guide)
-        except InvalidRequestError:
+        except FastchatQError:
             raise
+        except (OSError, MemoryError) as error:  # this machine's trouble: another try may do
+            raise RetryableError(f"The {_name(guide)} could not be compiled: {error}", code="guide_error") from error
         except BaseException as error:  # a panic of llguidance is no Exception: it must not end the engine's thread
             raise _refusal(guide, f"{type(error).__name__}: {error}") from error
 
@@ -178,7 +180,7 @@ def check(guide: Guide, checker: Checker) -> str:
         InvalidRequestError: it is none, or takes too long.
     """
     grammar = lark(guide)
-    if not _is_harmless(guide):
+    if not is_harmless(guide):
         bytes_only = CONTROL_TOKENS.sub(lambda found: found[1] or SOME_BYTE, grammar)
         if error := checker.error(LLMatcher.grammar_from_lark(bytes_only)):
             raise _refusal(guide, error)
@@ -197,7 +199,8 @@ def lark(guide: Guide) -> str:
     return before.replace(ANSWER, _expression(guide), 1)
 
 
-def _is_harmless(guide: Guide) -> bool:
+def is_harmless(guide: Guide) -> bool:
+    """Whether it compiles at once, whoever wrote it."""
     return type(guide) is Guide and guide.kind in HARMLESS_KINDS
 
 

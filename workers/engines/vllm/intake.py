@@ -1,7 +1,10 @@
 """From a request to what vLLM is asked: the prompt, the grammar, and what an earlier attempt said of it."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import structlog
@@ -11,7 +14,7 @@ from fastchat_q.workers.families import Choice as Chat
 from fastchat_q.choices import LoadOptions
 from fastchat_q.errors import InvalidRequestError
 from fastchat_q.events import Piece
-from fastchat_q.jobs import Feature, Job, Sampling
+from fastchat_q.jobs import Feature, Guide, Sampling
 
 from ..base import Request
 from ..processing.grammars import Checker
@@ -19,7 +22,7 @@ from ..processing.rendering import Renderer, give_template, stop_ids, token_limi
 from ..processing.sequence import Language
 from ..processing.sequence import Sequence as Reading
 from ..processing.speech import Speech, written_by
-from ..processing.structured import check
+from ..processing.structured import CACHED_GRAMMARS, check, is_harmless, lark
 from .choice import Choice, Row
 from .params import continues
 from .sight import sight_of
@@ -28,8 +31,6 @@ from .text import VllmText
 log = structlog.get_logger()
 
 FEATURES: tuple[Feature, ...] = ("n", "sampling", "penalties", "logprobs", "structured_outputs")
-LONG_PROMPT = 20_000
-"""Characters; longer prompts are rendered beside the event loop."""
 
 
 class Intake:
@@ -56,33 +57,46 @@ class Intake:
         self._context: int = config.max_model_len
         vocabulary = config.get_vocab_size()
         self._tokenizer = tokenizer
-        self._renderer = Renderer(tokenizer, vocabulary, chat, adapter, sees=config.is_multimodal_model)
+        # Encoding changes settings of a tokenizer, which two threads cannot share: the one that renders has its own.
+        self._renderer = Renderer(copy.deepcopy(tokenizer), vocabulary, chat, adapter, sees=config.is_multimodal_model)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prompts")
         self._sight = sight_of(llm.renderer, config, self._renderer)
         seeing: tuple[Feature, ...] = () if self._sight is None else ("vision",)
         self.features: tuple[Feature, ...] = (*FEATURES, *written.features, *seeing)
         self._stop_ids = stop_ids(tokenizer, chat) if chat is not None else frozenset()
         self._speech = Speech(tokenizer, written)
         self._checker, self._checking = Checker(), asyncio.Lock()
+        self._grammars: OrderedDict[Guide, str] = OrderedDict()
         self._language = Language(vocabulary, _eos_ids(llm, tokenizer), tokenizer.decode, guides=None)
 
     async def take_in(self, row: Row, request: Request) -> None:
-        """Fills a row; what may take long, beside the event loop.
+        """Fills a row, beside the event loop.
 
         Raises:
             FastchatQError: it cannot be served.
         """
         job = row.job
-        turn: Callable[..., Awaitable[Any]] = asyncio.to_thread if _takes_long(job) else _at_once
-        row.prompt = await turn(self._renderer.prompt, job)
+        aside = asyncio.get_running_loop().run_in_executor
+        row.prompt = await aside(self._thread, self._renderer.prompt, job)
         if job.blobs:
             if self._sight is None:
                 raise InvalidRequestError(f"The model {job.model!r} takes no images.", param="messages")
             row.inputs = await self._sight.seen(job, row.prompt, request.blobs)
             row.prompt = list(row.inputs["prompt_token_ids"])
-        await turn(self._begin, row, request.prior)
+        await aside(self._thread, self._begin, row, request.prior)
         if row.sampling.guide is not None:
-            async with self._checking:
-                row.grammar = await asyncio.to_thread(check, row.sampling.guide, self._checker)
+            row.grammar = await self._grammar(row.sampling.guide)
+
+    async def _grammar(self, guide: Guide) -> str:
+        """What vLLM follows, checked when it is new."""
+        if is_harmless(guide):
+            return lark(guide)
+        async with self._checking:
+            known = self._grammars.pop(guide, "") or await asyncio.to_thread(check, guide, self._checker)
+        self._grammars[guide] = known
+        if len(self._grammars) > CACHED_GRAMMARS:
+            self._grammars.popitem(last=False)
+        return known
 
     def _begin(self, row: Row, prior: Sequence[Piece]) -> None:
         job = row.job
@@ -114,15 +128,6 @@ class Intake:
             silent = self._speech.silent if parser is not None and self._speech.sees_marks else None
             reading.detokenizer = VllmText(self._tokenizer, row.prompt, silent)
         return Choice(row, index, said, reading, goes_on=continues(row.sampling))
-
-
-def _takes_long(job: Job) -> bool:
-    constrained = job.sampling.guide is not None or job.tool_choice not in ("auto", "none")
-    return constrained or sum(len(message.text) for message in job.messages) >= LONG_PROMPT
-
-
-async def _at_once(work: Callable[..., Any], *arguments: Any) -> Any:
-    return work(*arguments)
 
 
 def _eos_ids(llm: Any, tokenizer: Any) -> frozenset[int]:

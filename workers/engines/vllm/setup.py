@@ -17,7 +17,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from fastchat_q.choices import LoadOptions, WorkerOptions, given
+from fastchat_q.choices import LoadOptions, WorkerOptions, given, refuse
 from fastchat_q.errors import ConfigurationError
 
 from ..base import STOP_S
@@ -66,6 +66,8 @@ def build(options: WorkerOptions, name: str, adapters: Mapping[str, str] | None 
     args = _parse(arguments + given)
     if is_cpu():
         _place_threads(args, options.threads)
+    elif options.threads is not None:
+        refuse("threads", "vLLM on a GPU", "it computes there. Leave it out.")
     vllm_tether.own()
     vllm_lora.check(args.max_loras, loras)
     try:
