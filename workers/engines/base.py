@@ -205,7 +205,7 @@ class Engine(ABC):
             self.admit(request)
         except FastchatQError as error:
             outputs.append(Output(request.ticket, ended=Ended(error=error)))
-        except Exception as error:  # one bad request fails alone
+        except BaseException as error:  # one bad request fails alone; a panic of a Rust library is no Exception
             log.exception("admit failed", job=request.job.id)
             failure = JobFailedError(f"The engine failed to take the request in: {error}", code="engine_error")
             outputs.append(Output(request.ticket, ended=Ended(error=failure)))

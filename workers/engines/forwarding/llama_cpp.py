@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import httpx2
 import openai
+import structlog
 
 from fastchat_q.choices import WorkerOptions
 from fastchat_q.errors import ConfigurationError
@@ -31,7 +32,10 @@ TEXT_FEATURES = tuple(feature for feature in DIALECTS["llamacpp"].features if fe
 """Its server is started without the projector that a model needs for images."""
 CONTEXT = 8192
 """Tokens of context for each slot, unless told otherwise; or what the model was trained with if that is less."""
+log = structlog.get_logger()
+
 POLL_S = 0.1
+SAY_S = 30.0
 STOP_S = 3.0
 
 
@@ -166,6 +170,7 @@ def _start(path: Path, slots: int, settings: Settings, key: str) -> Child:
 
 def _loaded(child: Child, upstream: Upstream) -> tuple[Upstream, int | None]:
     """Waits until the model is loaded, for as long as the server lives; says what it calls the model."""
+    said = began = time.monotonic()
     with (
         httpx2.Client(trust_env=False) as http,
         openai.OpenAI(base_url=upstream.base_url, api_key=upstream.api_key, max_retries=0, http_client=http) as client,
@@ -176,6 +181,9 @@ def _loaded(child: Child, upstream: Upstream) -> tuple[Upstream, int | None]:
                     models = client.models.list().data
                     return replace(upstream, model=models[0].id), context_length_of(models[0])
             time.sleep(POLL_S)
+            if time.monotonic() - said > SAY_S:  # a load that says nothing is ended (`load_stall_s`)
+                said = time.monotonic()
+                log.info("loading", seconds=round(said - began))
     raise _cannot_load(child)
 
 
