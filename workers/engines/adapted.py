@@ -1,13 +1,11 @@
 """The engine for models whose adapter makes the tokens itself: requests take turns, a token each."""
 
-import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 from fastchat_q.workers.adapters import Generates
 
 from fastchat_q.errors import InvalidRequestError
-from fastchat_q.registry import ModelCard
 
 from .base import Ended, Engine, Output, Request
 from .batching.intake import Choice, Intake
@@ -39,18 +37,7 @@ class AdaptedEngine(Engine):
     """
 
     def __init__(self, name: str, slots: int, loaded: Loaded, adapter: Generates) -> None:
-        dtype = str(loaded.model.dtype).removeprefix("torch.")
-        card = ModelCard(
-            name,
-            "adapter",
-            loaded.context_length,
-            int(time.time()),
-            loaded.device.type,
-            dtype,
-            features=loaded.format.features,
-            batching="generate",
-        )
-        super().__init__(card, slots)
+        super().__init__(loaded.card(name, "adapter", loaded.format.features, "generate"), slots)
         self._loaded = loaded
         self._adapter = adapter
         self._intake = Intake(loaded)

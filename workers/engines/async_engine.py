@@ -25,8 +25,50 @@ PULSE_S = 0.5
 Give = Callable[[Piece], None]
 
 
-class AsyncEngine(Engine):
-    """What the requests of one turn of the loop have got is handed over together.
+class LoopEngine(Engine):
+    """An engine without a step loop: what the requests got in one turn of an event loop is handed over together."""
+
+    _loop: asyncio.AbstractEventLoop
+
+    def __init__(self, card: ModelCard, slots: int) -> None:
+        super().__init__(card, slots)
+        self._outputs: list[Output] = []
+
+    def _give(self, output: Output) -> None:
+        if not self._outputs:
+            self._loop.call_soon(self._hand_over)
+        self._outputs.append(output)
+
+    def _hand_over(self) -> None:
+        outputs, self._outputs = self._outputs, []
+        self._got_on()
+        if outputs:
+            assert self._sink is not None
+            self._sink(outputs)
+
+    def _got_on(self) -> None:
+        self.steps += 1
+        self.alive()
+
+    def _take_back(self, ticket: str) -> None:
+        """Hands nothing over that a request got in this turn."""
+        self._outputs = [output for output in self._outputs if output.ticket != ticket]
+
+    def admit(self, request: Request) -> None:
+        raise NotImplementedError("it has no step loop")
+
+    def drop(self, ticket: str) -> None:
+        raise NotImplementedError("it has no step loop")
+
+    def step(self) -> list[Output]:
+        raise NotImplementedError("it has no step loop")
+
+    def wait_s(self) -> float | None:
+        raise NotImplementedError("it has no step loop")
+
+
+class AsyncEngine(LoopEngine):
+    """One task a request.
 
     A subclass implements `serve`. What must live on the loop (a client, a connection) is made in `opened` and ended in
     `closing`; what runs beside the requests is a coroutine of `duties`. A request that is cancelled has its task
@@ -37,7 +79,6 @@ class AsyncEngine(Engine):
         super().__init__(card, slots)
         self._loop = uvloop.new_event_loop()
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._outputs: list[Output] = []
         self._stopping = asyncio.Event()
 
     @abstractmethod
@@ -110,10 +151,6 @@ class AsyncEngine(Engine):
             self._got_on()
             await asyncio.sleep(PULSE_S)
 
-    def _got_on(self) -> None:
-        self.steps += 1
-        self.alive()
-
     def _begin(self, request: Request) -> None:
         self._tasks[request.ticket] = self._loop.create_task(self._serve(request))
 
@@ -121,37 +158,13 @@ class AsyncEngine(Engine):
         task = self._tasks.pop(ticket, None)
         if task is not None:
             task.cancel()
-            self._outputs = [output for output in self._outputs if output.ticket != ticket]
+            self._take_back(ticket)
 
     async def _serve(self, request: Request) -> None:
         ticket = request.ticket
         ended = await _ended(self.serve(request, lambda piece: self._give(Output(ticket, (piece,)))), request.job.id)
         if self._tasks.pop(ticket, None) is not None:
             self._give(Output(ticket, ended=ended))
-
-    def _give(self, output: Output) -> None:
-        if not self._outputs:
-            self._loop.call_soon(self._hand_over)
-        self._outputs.append(output)
-
-    def _hand_over(self) -> None:
-        outputs, self._outputs = self._outputs, []
-        self._got_on()
-        if outputs:
-            assert self._sink is not None
-            self._sink(outputs)
-
-    def admit(self, request: Request) -> None:
-        raise NotImplementedError("it has no step loop")
-
-    def drop(self, ticket: str) -> None:
-        raise NotImplementedError("it has no step loop")
-
-    def step(self) -> list[Output]:
-        raise NotImplementedError("it has no step loop")
-
-    def wait_s(self) -> float | None:
-        raise NotImplementedError("it has no step loop")
 
 
 async def _ended(serving: Awaitable[Ended], job_id: str) -> Ended:

@@ -5,7 +5,6 @@ and tells what they say (sequence.py). Nothing of a request is computed anywhere
 again in smaller parts, until the job at fault fails alone; where memory runs out, what can do without it gives it back.
 """
 
-import time
 from collections.abc import Sequence
 
 import structlog
@@ -47,10 +46,7 @@ class TransformersEngine(Engine):
     def __init__(
         self, name: str, slots: int, loaded: Loaded, kv_bytes: int | None = None, adapters: Adapters | None = None
     ) -> None:
-        dtype = str(loaded.model.dtype).removeprefix("torch.")
-        made, device = int(time.time()), loaded.device.type
-        card = ModelCard(name, "transformers", loaded.context_length, made, device, dtype, features=features(loaded))
-        super().__init__(card, slots)
+        super().__init__(loaded.card(name, "transformers", features(loaded)), slots)
         model = Model(loaded.model, self.alive, adapters)
         seen = loaded.sight.example() if loaded.sight is not None else None
         self.way = choose_way(model, kv_bytes or default_kv_bytes(loaded.device), seen)
@@ -75,7 +71,7 @@ class TransformersEngine(Engine):
         if ended is not None:
             self._replayed.append(Output(request.ticket, ended=ended))
             return
-        going = [choice for choice in answers.choices if answers.count == 1 or not answers.has_ended(choice)]
+        going = [choice for choice in answers.choices if not answers.has_ended(choice)]
         new = [choice for choice in going if not choice.sequence.ids]
         if new:
             new[0].waiting = new[1:]
@@ -215,7 +211,7 @@ class TransformersEngine(Engine):
         if output.ended is not None:
             del self._tickets[answers.ticket]
             return False
-        return answers.count == 1 or not answers.has_ended(choice)
+        return not answers.has_ended(choice)
 
     def _fork(self, run: Run, choice: Choice) -> None:
         """Lets another choice go on from where the prompt of a run ended."""

@@ -4,7 +4,6 @@
 loop: between two tokens, requests come in and are cancelled as they do there between two steps.
 """
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,18 +29,7 @@ class GenerateEngine(Engine):
     """Serves one loaded model through `generate`. See `Engine` for the contract."""
 
     def __init__(self, name: str, slots: int, loaded: Loaded, adapters: Adapters | None = None) -> None:
-        dtype = str(loaded.model.dtype).removeprefix("torch.")
-        card = ModelCard(
-            name,
-            "transformers",
-            loaded.context_length,
-            int(time.time()),
-            loaded.device.type,
-            dtype,
-            features=features(loaded),
-            batching="generate",
-        )
-        super().__init__(card, slots)
+        super().__init__(loaded.card(name, "transformers", features(loaded), "generate"), slots)
         self._loaded = loaded
         self._adapters = Adapters(loaded.model) if adapters is None else adapters
         self._intake = Intake(loaded)
@@ -63,7 +51,7 @@ class GenerateEngine(Engine):
         if ended is not None:
             self._told.append(Output(request.ticket, ended=ended))
             return
-        self._waiting += [choice for choice in answers.choices if answers.count == 1 or not answers.has_ended(choice)]
+        self._waiting += [choice for choice in answers.choices if not answers.has_ended(choice)]
 
     def drop(self, ticket: str) -> None:
         self._intake.forget(ticket)
@@ -184,7 +172,7 @@ class _Turn:
         [picked] = self.engine.sampler.pick(logits, [self.choice.sequence])
         output = self.choice.accept(picked)
         answers = self.choice.answers
-        ended = output.ended is not None or (answers.count > 1 and answers.has_ended(self.choice))
+        ended = output.ended is not None or answers.has_ended(self.choice)
         self.over = not self.engine.tell(output) or ended
         return picked.token
 

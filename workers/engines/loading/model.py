@@ -4,6 +4,7 @@
 """
 
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrai
 
 from fastchat_q.choices import AS_IT_IS, UNDERSTOOD, Device, Dtype, LoadOptions, check_understood
 from fastchat_q.errors import ConfigurationError
-from fastchat_q.jobs import Kind
+from fastchat_q.jobs import Feature, Kind
+from fastchat_q.registry import Batching, ModelCard
 from fastchat_q.sizes import in_words
 
 from ..processing.rendering import give_template, stop_ids
@@ -73,6 +75,14 @@ class Loaded:
     """How it writes tool calls and reasoning."""
     sight: Sight | None = None
     """What takes images in; None: it takes none."""
+
+    def card(
+        self, name: str, engine: str, features: tuple[Feature, ...], batching: Batching = "step loop"
+    ) -> ModelCard:
+        """What an engine that serves it as ``name`` tells of it."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        made, device = int(time.time()), self.device.type
+        return ModelCard(name, engine, self.context_length, made, device, dtype, features=features, batching=batching)
 
 
 def load(

@@ -8,8 +8,9 @@ import json
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -104,14 +105,8 @@ class Guides:
         return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=sorted(self._eos_ids))  # type: ignore[arg-type]
 
     def _compile(self, guide: Guide) -> Compiled:
-        try:
+        with _refusing(guide):
             return self._matcher(guide)
-        except FastchatQError:
-            raise
-        except (OSError, MemoryError) as error:  # this machine's trouble: another try may do
-            raise RetryableError(f"The {_name(guide)} could not be compiled: {error}", code="guide_error") from error
-        except BaseException as error:  # a panic of llguidance is no Exception: it must not end the engine's thread
-            raise _refusal(guide, f"{type(error).__name__}: {error}") from error
 
     def _matcher(self, guide: Guide) -> Compiled:
         grammar = LLMatcher.grammar_from_lark(check(guide, self._checker))
@@ -178,12 +173,16 @@ def check(guide: Guide, checker: Checker) -> str:
 
     Raises:
         InvalidRequestError: it is none, or takes too long.
+        RetryableError: this machine could not find out.
     """
-    grammar = lark(guide)
-    if not is_harmless(guide):
+    with _refusing(guide):
+        grammar = lark(guide)
+        if is_harmless(guide):
+            return grammar
         bytes_only = CONTROL_TOKENS.sub(lambda found: found[1] or SOME_BYTE, grammar)
-        if error := checker.error(LLMatcher.grammar_from_lark(bytes_only)):
-            raise _refusal(guide, error)
+        error = checker.error(LLMatcher.grammar_from_lark(bytes_only))
+    if error:
+        raise _refusal(guide, error)
     return grammar
 
 
@@ -233,6 +232,19 @@ def _parsed(guide: Guide) -> Any:
         return json.loads(guide.value)
     except (ValueError, RecursionError) as error:
         raise _refusal(guide, str(error)) from error
+
+
+@contextmanager
+def _refusing(guide: Guide) -> Iterator[None]:
+    """Whatever fails within it says what it means for the job."""
+    try:
+        yield
+    except FastchatQError:
+        raise
+    except (OSError, MemoryError) as error:  # this machine's trouble: another try may do
+        raise RetryableError(f"The {_name(guide)} could not be compiled: {error}", code="guide_error") from error
+    except BaseException as error:  # a panic of llguidance is no Exception: it must not end the engine's thread
+        raise _refusal(guide, f"{type(error).__name__}: {error}") from error
 
 
 def _refusal(guide: Guide, reason: str) -> InvalidRequestError:

@@ -23,7 +23,8 @@ from fastchat_q.errors import FastchatQError, InvalidRequestError, JobFailedErro
 from fastchat_q.events import Piece, Usage
 from fastchat_q.registry import ModelCard
 
-from ..base import STOP_S, Ended, Engine, Output, Request, Sink
+from ..async_engine import LoopEngine
+from ..base import STOP_S, Ended, Output, Request, Sink
 from .choice import Choice, Row
 from .intake import Intake
 from .params import job_error, sampling_params
@@ -42,7 +43,7 @@ class VllmDiedError(Exception):
     """vLLM's own processes are gone, or it cannot serve; this process has to end as well."""
 
 
-class VllmEngine(Engine):
+class VllmEngine(LoopEngine):
     """Serves one model, and adapters of it, through an `AsyncLLM`.
 
     It has no step loop: everything but `start`, `submit`, `cancel` and `stop` runs on the event loop that `start` was
@@ -66,9 +67,7 @@ class VllmEngine(Engine):
         super().__init__(card, config.scheduler_config.max_num_seqs)
         self._adapters = dict(adapters)
         self._rows: dict[str, Row] = {}
-        self._outputs: list[Output] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._loop: asyncio.AbstractEventLoop
         self._own_loop = False
 
     @property
@@ -198,7 +197,7 @@ class VllmEngine(Engine):
         row = self._rows.get(ticket)
         if row is not None:
             self._abort(row)
-        self._outputs = [output for output in self._outputs if output.ticket != ticket]
+        self._take_back(ticket)
 
     def _abort(self, row: Row) -> None:
         self._forget(row.ticket)
@@ -209,20 +208,6 @@ class VllmEngine(Engine):
     def _forget(self, ticket: str) -> None:
         del self._rows[ticket]
         self.resting = not self._rows
-
-    def _give(self, output: Output) -> None:
-        if not self._outputs:
-            self._loop.call_soon(self._hand_over)
-        self._outputs.append(output)
-
-    def _hand_over(self) -> None:
-        """All that this turn of the loop brought: as a rule, one step of vLLM's."""
-        outputs, self._outputs = self._outputs, []
-        self.steps += 1
-        self.alive()
-        if outputs:
-            assert self._sink is not None
-            self._sink(outputs)
 
     async def _load_adapters(self) -> None:
         """At once, and not with the first request: vLLM's process would die of one that does not fit."""
@@ -254,15 +239,3 @@ class VllmEngine(Engine):
             self.failure.__cause__ = cause
             assert self._on_death is not None
             self._on_death()
-
-    def admit(self, request: Request) -> None:
-        raise NotImplementedError("vLLM has the step loop")
-
-    def drop(self, ticket: str) -> None:
-        raise NotImplementedError("vLLM has the step loop")
-
-    def step(self) -> list[Output]:
-        raise NotImplementedError("vLLM has the step loop")
-
-    def wait_s(self) -> float | None:
-        raise NotImplementedError("vLLM has the step loop")
