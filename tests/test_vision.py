@@ -116,6 +116,8 @@ def test_a_waiting_job_and_its_image_are_stored_again_after_redis_lost_them(eyes
     eyes.redis.flushall()  # the pause as well
     assert "".join(stream_text(connection)) == expected.message.content
     assert eyes.redis.strlen(blob(content)) == len(content)
+    # Until its next heartbeat the worker is nowhere in Redis: only what the API remembers of it would answer.
+    wait_until(lambda: eyes.registered(eyes.processes[-1].pid), "the worker registers again")
     wait_until(lambda: post(eyes.port, asking(content)).status == 200, "the model is there again")
 
 
