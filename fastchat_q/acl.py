@@ -45,7 +45,10 @@ REGISTRY = (keys.worker("*"), keys.WORKERS, keys.MODELS)
 
 RULES: dict[Role, Rules] = {
     "api": Rules(
-        write=(JOBS, keys.api_server("*"), keys.rate_limit("*"), keys.idempotent_model("*", "*")),
+        write=(
+            *(JOBS, keys.api_server("*"), keys.idempotent_model("*", "*")),
+            *(keys.rate_limit("*"), keys.token_use("*")),
+        ),
         read=(*REGISTRY, keys.ALIASES, keys.api_key("*"), keys.API_KEYS, keys.PEPPER),
         channels=EVENTS,
         commands=(*PROCESS, "+info"),  # it looks whether Redis keeps what it accepts

@@ -251,3 +251,8 @@ PEPPER = "fq:pepper"
 def rate_limit(key_id: str) -> str:
     """Hash: the two buckets of an API key. TTL: until both are full again, at the most about a minute."""
     return f"fq:rl:{{{key_id}}}"
+
+
+def token_use(key_id: str) -> str:
+    """String: tokens that an API key with a quota has used, reservations included. Until the key is revoked."""
+    return f"fq:use:{{{key_id}}}"

@@ -1,0 +1,130 @@
+"""HTTP/1.1 as uvicorn speaks it, with the limits that it lacks: on the size of a head, and on the time that one takes.
+
+What cannot be parsed is answered with OpenAI's error object, as everything else.
+"""
+
+import asyncio
+import contextlib
+import json
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from fastchat_q.errors import InvalidRequestError
+
+MAX_HEAD_BYTES = 32 * 1024
+"""Of the request line and all headers."""
+HEAD_TIMEOUT_S = 30.0
+"""How long a connection may take to send a head; between two requests uvicorn's own limit is shorter."""
+LINGER_S = 2.0
+"""What comes behind a refused head is read and thrown away for so long, so that the client gets to see the answer."""
+
+CODES = {400: "invalid_http", 408: "request_timeout", 431: "headers_too_large"}
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    _in_head = False
+    _unread = 0
+    """Bytes since the parser last told of anything: of a head, of trailers, of the extensions of a chunk."""
+    _refused = False
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begins to count the time of the first head."""
+        super().connection_made(transport)
+        self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Ends the count."""
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Feeds the parser, unless the connection is refused already."""
+        if self._refused:
+            return
+        self._unread += len(data)
+        super().data_received(data)
+        if self._unread > MAX_HEAD_BYTES + len(data) and not self._refused:
+            self._refuse(431, _too_large())
+
+    def on_message_begin(self) -> None:
+        """Begins to count the time of a further head."""
+        super().on_message_begin()
+        self._in_head, self._unread = True, 0
+        if self._timer is None:
+            self._arm()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Takes a header; those behind a body are left out."""
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Begins the request, if its head is not too large."""
+        self._in_head, self._unread = False, 0
+        self._disarm()
+        if len(self.url) + sum([len(name) + len(value) + 4 for name, value in self.headers]) > MAX_HEAD_BYTES:
+            self._refuse(431, _too_large())
+            raise InvalidRequestError(_too_large())  # ends the parsing
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Takes a part of the body."""
+        self._unread = 0
+        super().on_body(body)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what cannot be parsed."""
+        if not self._refused:
+            self._refuse(400, "This is no HTTP request that the server understands.")
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Clients that offer HTTP/2 get HTTP/1.1, as they expect: no reason for a warning."""
+
+    def _arm(self) -> None:
+        self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self._late)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self) -> None:
+        self._timer = None
+        if self._in_head:
+            self._refuse(408, f"The head of the request was not whole within {HEAD_TIMEOUT_S:g} seconds.")
+        else:
+            self.transport.close()
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answers and closes; where another answer is under way, the connection just ends."""
+        self._refused = True
+        self._disarm()
+        cycle: Any = self.cycle
+        under_way = cycle is not None and not cycle.response_complete
+        if under_way:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        if self.transport.is_closing():
+            return
+        if under_way and (cycle.response_started or self._in_head or status == 431):
+            self.transport.close()
+            return
+        error = InvalidRequestError(message, code=CODES[status])
+        body = json.dumps(error.body()).encode()
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        with contextlib.suppress(NotImplementedError, OSError):
+            self.transport.write_eof()
+        self.loop.call_later(LINGER_S, self.transport.close)
+
+
+def _too_large() -> str:
+    return f"The request line and the headers have more than {MAX_HEAD_BYTES} bytes together."
