@@ -10,7 +10,9 @@ from fastchat_q.errors import PermissionDeniedError
 from .problems import error_response
 
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "POST")
-RATE_LIMITS = [f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")]
+RATE_LIMITS = [
+    f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")
+]
 EXPOSED = ("openai-processing-ms", "retry-after", "x-fastchat-q-model", "x-job-id", "x-request-id", *RATE_LIMITS)
 """Headers of answers that pages may read."""
 PREFLIGHT_S = 3600

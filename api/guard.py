@@ -1,4 +1,4 @@
-"""The layer around all routes: request id, bearer key, scope, and a body that is JSON, whole, in time and not too large.
+"""The layer around all routes: request id, bearer key, scope, and a body that is JSON, in time and not too large.
 
 What a route does not answer is answered here, so that this answer has a request id as well.
 """
@@ -72,6 +72,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["path"] = scope["path"].rstrip("/") or "/"  # a redirect would name another address behind a proxy
         headers, began, started = Headers(scope=scope), time.perf_counter(), False
         request_id = _request_id(headers)
 
@@ -97,6 +98,8 @@ class Guard:
         except FastchatQError as error:
             await error_response(error, {"connection": "close"})(scope, receive, send_with_id)
         else:
+            if scope["method"] == "HEAD" and takes_head(scope["path"]):
+                scope = {**scope, "method": "GET"}  # the server, which has the original, leaves the body out
             try:
                 await self._app(scope, receive, send_with_id)
             except Exception as error:
@@ -154,6 +157,11 @@ class Guard:
             raise RequestTimeoutError(
                 f"The request body was not whole within {self._body_timeout_s:g} seconds; {total} bytes came."
             ) from None
+
+
+def takes_head(path: str) -> bool:
+    """Whether HEAD is GET without its body; a stream has nothing but its body."""
+    return not path.endswith("/events")
 
 
 def check_json(body: bytes) -> None:

@@ -64,7 +64,8 @@ def allowed_methods(request: Request) -> list[str]:
     """Those of all routes of a path: Starlette tells those of the first."""
     routes = [route for route in request.app.routes if isinstance(route, Route)]
     found = {method for route in routes if route.path_regex.match(request.url.path) for method in route.methods or ()}
-    return sorted(found | {"OPTIONS"})
+    head = {"HEAD"} if "GET" in found and not request.url.path.endswith("/events") else set()
+    return sorted(found | head | {"OPTIONS"})
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

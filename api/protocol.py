@@ -9,6 +9,7 @@ import json
 from http import HTTPStatus
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fastchat_q.errors import InvalidRequestError
@@ -20,6 +21,7 @@ HEAD_TIMEOUT_S = 30.0
 LINGER_S = 2.0
 """What comes behind a refused head is read and thrown away for so long, so that the client gets to see the answer."""
 
+FRAMING = (b"content-length", b"transfer-encoding")
 CODES = {400: "invalid_http", 408: "request_timeout", 431: "headers_too_large"}
 
 
@@ -30,6 +32,8 @@ class HttpProtocol(HttpToolsProtocol):
     _unread = 0
     """Bytes since the parser last told of anything: of a head, of trailers, of the extensions of a chunk."""
     _refused = False
+    _declined = False
+    """The parser is being brought to where it can read the body of a request whose offer to upgrade is declined."""
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -47,12 +51,48 @@ class HttpProtocol(HttpToolsProtocol):
         if self._refused:
             return
         self._unread += len(data)
-        super().data_received(data)
+        self._feed(data)
         if self._unread > MAX_HEAD_BYTES + len(data) and not self._refused:
             self._refuse(431, _too_large())
 
+    def _feed(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
+    def _decline(self, rest: bytes) -> None:
+        """Goes on in HTTP/1.1 behind a head that offers another protocol, as Java's and curl's clients do.
+
+        The parser takes what follows for that protocol, the body as well. So another one gets the head again, as far
+        as it says how long the body is.
+        """
+        framing = [(name, value) for name, value in self.headers if name in FRAMING]
+        self.parser = httptools.HttpRequestParser(self)
+        self._declined = True
+        head = b"".join([b"%b: %b\r\n" % header for header in framing])
+        self._feed(b"POST / HTTP/1.1\r\n" + head + b"\r\n")
+        self._declined = False
+        if rest and not self._refused:
+            self._feed(rest)
+
+    def on_url(self, url: bytes) -> None:
+        """Takes the target of the request."""
+        if not self._declined:
+            super().on_url(url)
+
+    def on_message_complete(self) -> None:
+        """Ends the request, unless the parser has yet to see its body."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
     def on_message_begin(self) -> None:
         """Begins to count the time of a further head."""
+        if self._declined:
+            return
         super().on_message_begin()
         self._in_head, self._unread = True, 0
         if self._timer is None:
@@ -60,11 +100,13 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Takes a header; those behind a body are left out."""
-        if self._in_head:
+        if self._in_head:  # not where an offer was declined either: these are known
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Begins the request, if its head is not too large."""
+        if self._declined:
+            return
         self._in_head, self._unread = False, 0
         self._disarm()
         if len(self.url) + sum([len(name) + len(value) + 4 for name, value in self.headers]) > MAX_HEAD_BYTES:
@@ -81,9 +123,6 @@ class HttpProtocol(HttpToolsProtocol):
         """Answers what cannot be parsed."""
         if not self._refused:
             self._refuse(400, "This is no HTTP request that the server understands.")
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Clients that offer HTTP/2 get HTTP/1.1, as they expect: no reason for a warning."""
 
     def _arm(self) -> None:
         self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self._late)
