@@ -10,7 +10,8 @@ from fastchat_q.events import End
 from fastchat_q.keys import parse_public_job_id
 from fastchat_q.records import read_record
 
-from .render import ChunkWriter, View, to_json
+from . import answers
+from .render import View, to_json
 from .service import Service, service_of, tenant_of
 from .stream import INVALID_EVENT_ID
 from .streaming import JobStreamResponse, raise_if_failed, sse
@@ -63,16 +64,14 @@ async def stream_job(
         service.relay.leave(stream, service.settings.disconnect_grace_s)
 
     try:
-        view = View.from_json(stream.view)
-        if view.kind != "chat":
-            raise InvalidRequestError("Only chats have events. Send the request again with its Idempotency-Key.")
+        writer = answers.writer(View.from_json(stream.view), after)
         first = await stream.take(service.settings.queue_comment_after_s)
         if first and isinstance(first[0], End) and first[0].reason == INVALID_EVENT_ID:
             raise_if_failed(first[0])
     except BaseException:
         leave()
         raise
-    chunks = sse(stream, first, ChunkWriter(view, after))
+    chunks = sse(stream, first, writer)
     return JobStreamResponse(stream, leave, chunks, {"x-job-id": job_id}, service.settings.drain_s)
 
 

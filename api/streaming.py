@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from fastchat_q.events import End, Event
 
-from .render import ChunkWriter, queue_comment
+from .render import Writer, queue_comment
 from .stream import JobStream
 
 log = structlog.get_logger()
@@ -61,7 +61,7 @@ def _ping() -> bytes:
     return b": ping\n"
 
 
-async def sse(stream: JobStream, first: list[Event], writer: ChunkWriter) -> AsyncIterator[bytes]:
+async def sse(stream: JobStream, first: list[Event], writer: Writer) -> AsyncIterator[bytes]:
     """The bytes of a stream, from the events that are there already to the end."""
     events = first
     place: int | None = -1
