@@ -38,6 +38,9 @@ class Settings(BaseSettings):
     """Ask for a bearer key. Can only be switched off on a loopback address."""
     api_key: SecretStr | None = None
     """The key clients send. None: the one in the state directory, made at the first start."""
+    base_url: str | None = None
+    """The API server that ``run``, ``embed`` and ``batch`` ask. None: the one that ``up`` runs on the state directory,
+    else the one at ``host`` and ``port``."""
     key_pepper: SecretStr | None = None
     """The secret that API keys are hashed with: the same for all API servers and for ``fastchat-q key``. None: the one
     in the state directory, made when first needed."""
