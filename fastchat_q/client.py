@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import httpx2
-import typer
 
 from . import __version__
 from .addresses import http_base, is_loopback
@@ -31,15 +30,6 @@ RETRIES = 2
 MAX_WAIT_S = 30.0
 """A server that asks for more patience than this is not asked again."""
 T = TypeVar("T")
-
-BaseUrl = Annotated[
-    str | None,
-    typer.Option("--base-url", help="An API server, as http://host:port/v1. [default: the one that `up` runs]"),
-]
-ApiKey = Annotated[
-    str | None,
-    typer.Option("--api-key", help="Others can see it in the list of processes: FASTCHAT_Q_API_KEY is safer."),
-]
 
 
 class ServerAwayError(FastchatQError):
