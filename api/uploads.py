@@ -252,8 +252,11 @@ CHECKS: Mapping[str, Callable[[str], None]] = {
 
 
 def _filename(options: Mapping[bytes, bytes]) -> str:
-    """As the client says it, without the folders that some put before it."""
-    name = _text(options.get(b"filename", b""), "the filename").replace("\\", "/").rpartition("/")[2]
+    """As the client says it, without the folders that some put before it. ``%22`` is how clients spell a quote there:
+    https://html.spec.whatwg.org/multipage/form-control-infrastructure.html#multipart-form-data
+    """
+    name = _text(options.get(b"filename", b""), "the filename").replace("%22", '"')
+    name = name.replace("\\", "/").rpartition("/")[2]
     if len(name) > MAX_FILENAME:
         raise _invalid("file", f"its name has {len(name)} characters, the limit is {MAX_FILENAME}")
     if any(not character.isprintable() for character in name):

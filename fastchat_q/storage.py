@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -62,8 +62,10 @@ class Storage:
     """
 
     def __init__(self, url: str) -> None:
-        self._folder = Path(url.removeprefix("file://")).absolute() if url.startswith("file://") else None
+        self._folder = Path(url.removeprefix("file://")) if url.startswith("file:///") else None
         try:
+            if self._folder is None and url.startswith("file:"):
+                raise ValueError("a folder is named with all that is above it")
             self._remote: Any = from_url(url) if self._folder is None else None
         except (BaseError, ValueError) as error:
             raise ConfigurationError(
@@ -91,7 +93,7 @@ class Storage:
             AlreadyExistsError: with ``create``: there is one.
         """
         counted = None if isinstance(data, bytes) else _Counted(data)
-        with _errors(key):
+        with _errors(key, put=True):
             if self._folder is None:
                 await self._put(key, data if counted is None else counted, "create" if create else "overwrite")
             else:
@@ -213,24 +215,29 @@ class _Counted:
 
 
 @contextlib.contextmanager
-def _errors(key: str) -> Any:
+def _errors(key: str, *, put: bool = False) -> Iterator[None]:
     """What obstore raises becomes ours; errors of the stream that is being stored pass."""
     try:
         yield
     except FileNotFoundError as error:
+        if put:  # it is the bucket that is missing
+            raise _unavailable(key, error) from error
         raise MissingObjectError(key) from error
     except ObstoreExists as error:
         raise AlreadyExistsError(key) from error
     except (BaseError, OSError) as error:
-        log.warning("storage error", key=key, error=_short(error))
         if FULL.search(str(error)) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            log.warning("storage is full", key=key, error=_short(error))
             raise StorageFullError(
                 "The server's storage for files is full. Nothing was kept; delete files that are no longer needed, or "
                 "have the operator make room."
             ) from error
-        raise StorageUnavailableError(
-            "The server's storage for files cannot be used now. Retry in a moment."
-        ) from error
+        raise _unavailable(key, error) from error
+
+
+def _unavailable(key: str, error: Exception) -> StorageUnavailableError:
+    log.warning("storage error", key=key, error=_short(error))
+    return StorageUnavailableError("The server's storage for files cannot be used at the moment.")
 
 
 def _short(error: Exception) -> str:
