@@ -4,6 +4,7 @@ arq's default serializer is pickle, with which anybody who can write to Redis ow
 """
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -14,11 +15,15 @@ from arq.worker import Worker
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from fastchat_q import keys
+from fastchat_q import keys, upkeep
 from fastchat_q.capabilities import check_orchestrator_redis
 from fastchat_q.connection import connect
+from fastchat_q.errors import StorageUnavailableError
+from fastchat_q.files import Files
 from fastchat_q.queue import Queue
 from fastchat_q.registry import Registry
+from fastchat_q.settings import Settings
+from fastchat_q.storage import Storage
 
 log = structlog.get_logger()
 
@@ -30,17 +35,15 @@ COMPLETION_S = 5
 IDLE_CONSUMER_MS = 3600 * 1000
 
 
-def run(redis_url: str, own_redis_url: str | None) -> None:
+def run(settings: Settings) -> None:
     """Runs until SIGTERM or SIGINT.
 
-    Args:
-        redis_url: the queues to look after.
-        own_redis_url: where arq keeps its own queue; None: there, too.
-
     Raises:
-        ConfigurationError: arq's queue would be on a server in cluster mode.
+        ConfigurationError: arq's queue would be on a server in cluster mode, or the storage cannot be used.
     """
-    client, own = connect(redis_url), connect(own_redis_url or redis_url)
+    url = settings.resolved_redis_url
+    client, own = connect(url), connect(settings.orchestrator_redis_url or url)
+    files = Files(client, Storage.of(settings))
 
     async def check(ctx: dict[str, Any]) -> None:
         await check_orchestrator_redis(own)
@@ -52,7 +55,10 @@ def run(redis_url: str, own_redis_url: str | None) -> None:
         default_queue_name=keys.ORCHESTRATOR_QUEUE,
     )
     worker = Worker(
-        cron_jobs=[cron(housekeeping, second={0, 30}, run_at_startup=True, timeout=TICK_TIMEOUT_S, unique=True)],
+        cron_jobs=[
+            cron(housekeeping, second={0, 30}, run_at_startup=True, timeout=TICK_TIMEOUT_S, unique=True),
+            cron(tidy_files, second={15, 45}, run_at_startup=True, timeout=TICK_TIMEOUT_S, unique=True),
+        ],
         queue_name=keys.ORCHESTRATOR_QUEUE,
         redis_pool=pool,
         job_serializer=orjson.dumps,
@@ -63,7 +69,7 @@ def run(redis_url: str, own_redis_url: str | None) -> None:
         job_completion_wait=COMPLETION_S,
         keep_result=0,
         on_startup=check,
-        ctx={"client": client},
+        ctx={"client": client, "files": files},
     )
     log.info("orchestrating", queue=keys.ORCHESTRATOR_QUEUE)
     worker.run()
@@ -84,6 +90,18 @@ async def housekeeping(ctx: dict[str, Any]) -> dict[str, int]:
     took = round(time.monotonic() - started, 3)
     log.info("housekeeping", models=len(models), consumers_removed=removed, reaped=reaped, mended=mended, seconds=took)
     return {"consumers_removed": removed, "reaped": reaped, "mended": mended}
+
+
+async def tidy_files(ctx: dict[str, Any]) -> dict[str, int]:
+    """Deletes files that expired and what dead uploads left; brings back an index that Redis lost."""
+    started = time.monotonic()
+    try:
+        done = asdict(await upkeep.tick(ctx["files"], ctx["client"]))
+    except StorageUnavailableError as error:
+        log.warning("files were not tidied", error=error.message)
+        return {}
+    log.info("files tidied", **done, seconds=round(time.monotonic() - started, 3))
+    return done
 
 
 async def _remove_idle_consumers(redis: "Redis", stream: str, idle_ms: int = IDLE_CONSUMER_MS) -> int:

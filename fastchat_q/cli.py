@@ -321,7 +321,7 @@ def orchestrator(state_dir: StateDir = None, redis_url: RedisUrl = None) -> None
     settings = load_settings(state_dir=state_dir, redis_url=redis_url)
     from .api.orchestrator import run
 
-    run(settings.resolved_redis_url, settings.orchestrator_redis_url)
+    run(settings)
 
 
 @app.command(
