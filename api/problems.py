@@ -6,15 +6,25 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from redis.exceptions import OutOfMemoryError, RedisError
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from fastchat_q.errors import FastchatQError, InvalidRequestError, QueueUnavailableError
 
 log = structlog.get_logger()
 
-HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+BUG = "The server had an error while processing your request. Its log says more."
+"""What a client hears of an error that nobody expected; `guard` answers with it."""
+HTTP_CODES = {404: "not_found"}
+
+
+class HttpMethodError(InvalidRequestError):
+    """The path is there, but takes other methods."""
+
+    status = 405
+    code = "method_not_allowed"
 
 
 def install(app: FastAPI) -> None:
@@ -24,7 +34,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RedisError, _on_redis_error)
     app.add_exception_handler(TimeoutError, _on_redis_error)  # Redis is what the routes wait for
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(Exception, _on_bug)
 
 
 def error_response(error: FastchatQError, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -51,13 +60,25 @@ async def _on_redis_error(request: Request, error: Exception) -> JSONResponse:
     )
 
 
-async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+def allowed_methods(request: Request) -> list[str]:
+    """Those of all routes of a path: Starlette tells those of the first."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    found = {method for route in routes if route.path_regex.match(request.url.path) for method in route.methods or ()}
+    head = {"HEAD"} if "GET" in found and not request.url.path.endswith("/events") else set()
+    return sorted(found | head | {"OPTIONS"})
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = str(error.detail)
     if error.status_code == 404:
         message = f"Unknown request URL: {request.method} {request.url.path}. GET /openapi.json lists what there is."
     elif error.status_code == 405:
-        message = f"Not allowed to {request.method} on {request.url.path}."
+        allowed = {"allow": ", ".join(allowed_methods(request))}
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=allowed)
+        message = f"Not allowed to {request.method} on {request.url.path}. Allowed: {allowed['allow']}."
+        return error_response(HttpMethodError(message), allowed)
     problem = InvalidRequestError(message, code=HTTP_CODES.get(error.status_code))
     problem.status = error.status_code
     return error_response(problem, error.headers)
@@ -66,11 +87,6 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     return error_response(invalid_request(most_specific(error.errors())))
-
-
-async def _on_bug(request: Request, error: Exception) -> JSONResponse:
-    log.error("unexpected error", path=request.url.path, exc_info=error)
-    return error_response(FastchatQError("The server had an error while processing your request. Its log says more."))
 
 
 def most_specific(details: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

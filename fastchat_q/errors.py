@@ -5,6 +5,7 @@
     FastchatQError                       500 server_error
     ├── InvalidRequestError              400 invalid_request_error
     │   ├── ContextLengthError           400 context_length_exceeded
+    │   ├── RequestTimeoutError          408 request_timeout
     │   └── RequestTooLargeError         413 request_too_large
     ├── AuthenticationError              401 invalid_api_key
     ├── PermissionDeniedError            403 insufficient_scope
@@ -14,6 +15,7 @@
     ├── UnknownFileError                 404 file_not_found
     ├── StorageQuotaError                403 storage_quota_exceeded
     ├── RateLimitError                   429 rate_limit_exceeded   with Retry-After
+    ├── QuotaError                       429 insufficient_quota
     ├── QueueFullError                   429 queue_full            with Retry-After
     ├── QueueDrainingError               503 queue_draining        with Retry-After
     ├── NoWorkerError                    503 no_worker             with Retry-After
@@ -79,6 +81,13 @@ class RequestTooLargeError(InvalidRequestError):
 
     status = 413
     code = "request_too_large"
+
+
+class RequestTimeoutError(InvalidRequestError):
+    """The body was not whole in time."""
+
+    status = 408
+    code = "request_timeout"
 
 
 class AuthenticationError(FastchatQError):
@@ -147,6 +156,18 @@ class RateLimitError(FastchatQError):
     def __init__(self, message: str, *, retry_after_s: int, headers: Mapping[str, str]) -> None:
         super().__init__(message)
         self.retry_after_s, self.headers = retry_after_s, headers
+
+
+class QuotaError(FastchatQError):
+    """The key has used up the tokens that it was given; nothing was queued. Waiting does not help."""
+
+    status = 429
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+
+    def __init__(self, message: str, *, headers: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.headers = {**headers, "x-should-retry": "false"}  # the official clients would try again
 
 
 class QueueFullError(FastchatQError):
