@@ -8,12 +8,14 @@ from ulid import ULID
 
 from fastchat_q.errors import AuthenticationError, FastchatQError, InvalidRequestError, RequestTooLargeError
 
+from .anthropic.errors import speaks_anthropic
 from .auth import Authenticator, check_scope, required_scope
 from .problems import error_response
 
-TAKES_IMAGES = ("/v1/chat/completions",)
-IMAGE = re.compile(rb'"data:image\\?/[^"]*"')
-"""A data URL in JSON: it is left out of the size here. Whether it is an image is seen when it is read."""
+TAKES_IMAGES = ("/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens")
+IMAGE = re.compile(rb'"data:image\\?/[^"]*"|"data"\s*:\s*"[^"]*"')
+"""A data URL in JSON, or the data of an image block: left out of the size here. Whether it is one is seen when it
+is read."""
 DRAIN_LIMIT = 64 * 1024 * 1024
 """A refused body is read and thrown away up to here, so that the client gets to see the answer."""
 
@@ -47,24 +49,27 @@ class Guard:
             return
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id", "")[:128] or f"req_{ULID()}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        names = ("x-request-id", "request-id") if speaks_anthropic(scope) else ("x-request-id",)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                for name in names:
+                    MutableHeaders(scope=message)[name] = request_id
             await send(message)
 
         try:
             needed = required_scope(scope["path"])
             if needed is not None:
-                caller = await self._authenticator.caller(headers.get("authorization"))
+                caller = await self._authenticator.caller(headers.get("authorization"), headers.get("x-api-key"))
                 check_scope(caller, needed, scope["path"])
-                scope.setdefault("state", {})["caller"] = caller
+                scope["state"]["caller"] = caller
             if scope["method"] in ("POST", "PUT", "PATCH") and _has_body(headers):
                 receive = await self._read_body(headers, receive, scope["path"] in TAKES_IMAGES)
         except AuthenticationError as error:
-            await error_response(error, {"www-authenticate": "Bearer"})(scope, receive, send_with_id)
+            await error_response(error, scope, {"www-authenticate": "Bearer"})(scope, receive, send_with_id)
         except FastchatQError as error:
-            await error_response(error, {"connection": "close"})(scope, receive, send_with_id)
+            await error_response(error, scope, {"connection": "close"})(scope, receive, send_with_id)
         else:
             await self._app(scope, receive, send_with_id)
 

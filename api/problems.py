@@ -1,4 +1,4 @@
-"""Every failure becomes OpenAI's error object with its HTTP status, whoever raised it."""
+"""Every failure becomes OpenAI's error object with its HTTP status, whoever raised it; Anthropic's on its paths."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,8 +9,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from redis.exceptions import OutOfMemoryError, RedisError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from fastchat_q.errors import FastchatQError, InvalidRequestError, QueueUnavailableError
+
+from .anthropic import errors as anthropic
 
 log = structlog.get_logger()
 
@@ -27,28 +30,31 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_bug)
 
 
-def error_response(error: FastchatQError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """The response for an error, Retry-After included."""
+def error_response(error: FastchatQError, scope: Scope, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The response for an error, Retry-After included; in the words of the API that the request is one of."""
     extra = {**error.headers, **(headers or {})}
     if error.retry_after_s is not None:
         extra["retry-after"] = str(error.retry_after_s)
+    if anthropic.speaks_anthropic(scope):
+        body = anthropic.body_of(error, scope.get("state", {}).get("request_id"))
+        return JSONResponse(body, anthropic.status_of(error), extra)
     return JSONResponse(error.body(), error.status, extra)
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, FastchatQError)
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def _on_redis_error(request: Request, error: Exception) -> JSONResponse:
     log.warning("redis error", path=request.url.path, error=str(error))
     if isinstance(error, OutOfMemoryError):
-        return error_response(QueueUnavailableError("The queue's memory is full. Nothing was accepted; retry later."))
-    return error_response(
-        QueueUnavailableError(
-            "The queue cannot be reached. What it may have accepted of this request is cancelled; retry in a moment."
-        )
+        full = QueueUnavailableError("The queue's memory is full. Nothing was accepted; retry later.")
+        return error_response(full, request.scope)
+    away = QueueUnavailableError(
+        "The queue cannot be reached. What it may have accepted of this request is cancelled; retry in a moment."
     )
+    return error_response(away, request.scope)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
@@ -60,17 +66,18 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
         message = f"Not allowed to {request.method} on {request.url.path}."
     problem = InvalidRequestError(message, code=HTTP_CODES.get(error.status_code))
     problem.status = error.status_code
-    return error_response(problem, error.headers)
+    return error_response(problem, request.scope, error.headers)
 
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return error_response(invalid_request(most_specific(error.errors())))
+    return error_response(invalid_request(most_specific(error.errors())), request.scope)
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
     log.error("unexpected error", path=request.url.path, exc_info=error)
-    return error_response(FastchatQError("The server had an error while processing your request. Its log says more."))
+    bug = FastchatQError("The server had an error while processing your request. Its log says more.")
+    return error_response(bug, request.scope)
 
 
 def most_specific(details: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
