@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from fastchat_q import __version__
 
 from . import chat, embeddings, files, jobs, models, openapi, problems, rerank
+from .anthropic import routes as anthropic
 from .cors import Cors
 from .guard import Guard
 from .service import Service
@@ -22,6 +23,7 @@ def create_app(service: Service) -> FastAPI:
         chat.router,
         embeddings.router,
         rerank.router,
+        anthropic.router,
         files.router,
         jobs.router,
         models.router,

@@ -178,7 +178,9 @@ class QueueFullError(FastchatQError):
     code = "queue_full"
     max_retry_after_s = 600
 
-    def __init__(self, message: str, wait_s: float) -> None:
+    def __init__(self, message: str, wait_s: float, *, own: bool = False) -> None:
+        """``own``: it is the tenant's share that is full."""
+        self.own = own
         self.retry_after_s = min(max(math.ceil(wait_s), 1), self.max_retry_after_s)
         super().__init__(f"{message} (in about {self.retry_after_s} s).")
 

@@ -413,7 +413,7 @@ def _full(job: Job, terms: Terms, what: bytes, waiting: int, service_ms: int) ->
             f"The queue of model {job.model!r} is full: {waiting} jobs wait, the limit is {terms.max_waiting}. "
             "Retry later"
         )
-    return QueueFullError(message, wait_s)
+    return QueueFullError(message, wait_s, own=what == b"tenant")
 
 
 def _claim(job_id: bytes, fence: bytes, attempt: int, n: int, lane: bytes, retries: int, spec: bytes) -> Claim:
