@@ -45,14 +45,26 @@ REGISTRY = (keys.worker("*"), keys.WORKERS, keys.MODELS)
 
 RULES: dict[Role, Rules] = {
     "api": Rules(
-        write=(JOBS, keys.api_server("*"), keys.rate_limit("*"), keys.idempotent_model("*", "*")),
+        write=(
+            JOBS,
+            keys.api_server("*"),
+            keys.rate_limit("*"),
+            keys.idempotent_model("*", "*"),
+            keys.EVERY_FILE_KEY,
+        ),
         read=(*REGISTRY, keys.ALIASES, keys.api_key("*"), keys.API_KEYS, keys.PEPPER),
         channels=EVENTS,
         commands=(*PROCESS, "+info"),  # it looks whether Redis keeps what it accepts
     ),
     "worker": Rules(write=(JOBS, *REGISTRY), read=(), channels=EVENTS, commands=PROCESS),
     "orchestrator": Rules(
-        write=(JOBS, keys.ORCHESTRATOR_QUEUE, keys.ORCHESTRATOR_HEALTH, f"{keys.ORCHESTRATOR_JOBS}*"),
+        write=(
+            JOBS,
+            keys.ORCHESTRATOR_QUEUE,
+            keys.ORCHESTRATOR_HEALTH,
+            f"{keys.ORCHESTRATOR_JOBS}*",
+            keys.EVERY_FILE_KEY,
+        ),
         read=REGISTRY,
         channels=EVENTS,
         commands=(*PROCESS, "+info", "+dbsize"),  # arq logs both when it starts

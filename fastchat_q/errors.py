@@ -11,12 +11,16 @@
     │   └── ModelNotAllowedError         403 model_not_allowed
     ├── ModelNotFoundError               404 model_not_found
     ├── IdempotencyConflictError         422 idempotency_key_reused
+    ├── UnknownFileError                 404 file_not_found
+    ├── StorageQuotaError                403 storage_quota_exceeded
     ├── RateLimitError                   429 rate_limit_exceeded   with Retry-After
     ├── QueueFullError                   429 queue_full            with Retry-After
     ├── QueueDrainingError               503 queue_draining        with Retry-After
     ├── NoWorkerError                    503 no_worker             with Retry-After
     ├── LoadFailedError                  503 load_failed           with Retry-After
     ├── QueueUnavailableError            503 queue_unavailable     with Retry-After
+    ├── StorageUnavailableError          503 storage_unavailable   with Retry-After
+    ├── StorageFullError                 507 storage_full
     ├── DeadlineError                    504 deadline_exceeded
     ├── JobFailedError                   500, or what the worker's error says
     │   └── RetryableError               the worker's trouble, not the job's: tried again with backoff
@@ -195,6 +199,41 @@ class QueueUnavailableError(FastchatQError):
     status = 503
     code = "queue_unavailable"
     retry_after_s = 2
+
+
+class UnknownFileError(FastchatQError):
+    """No such file, or not the caller's, or it was deleted or has expired."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "file_not_found"
+
+    def __init__(self, file_id: str) -> None:
+        super().__init__(f"No such File object: {file_id[:80]}", param="id")
+
+
+class StorageQuotaError(FastchatQError):
+    """The tenant's files take as much room as they may; nothing was kept."""
+
+    status = 403
+    type = "insufficient_quota"
+    code = "storage_quota_exceeded"
+
+
+class StorageUnavailableError(FastchatQError):
+    """The storage of files cannot be reached, or refuses; nothing was kept."""
+
+    status = 503
+    code = "storage_unavailable"
+    retry_after_s = 5
+
+
+class StorageFullError(FastchatQError):
+    """The storage of files has no room left; nothing was kept. Sending a file again at once would not help."""
+
+    status = 507
+    code = "storage_full"
+    headers = MappingProxyType({"x-should-retry": "false"})
 
 
 class DeadlineError(FastchatQError):

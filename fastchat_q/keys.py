@@ -251,3 +251,36 @@ PEPPER = "fq:pepper"
 def rate_limit(key_id: str) -> str:
     """Hash: the two buckets of an API key. TTL: until both are full again, at the most about a minute."""
     return f"fq:rl:{{{key_id}}}"
+
+
+_FILES = "fq:files:{f}:"
+"""One hash tag: a file is added to all of its indexes, and taken out, in one step."""
+
+
+def file_record(file_id: str) -> str:
+    """String: the record of a file, as JSON; the storage has the same beside the file. Until the file is deleted."""
+    return f"{_FILES}id:{file_id}"
+
+
+def files_of(tenant: str) -> str:
+    """Zset of file ids, all with score 0 and so in the order of their ids, which is that of time: a tenant's files."""
+    return f"{_FILES}of:{tenant}"
+
+
+FILES = f"{_FILES}all"
+"""Zset, as `files_of`: everybody's files."""
+
+FILE_EXPIRY = f"{_FILES}expiry"
+"""Zset: file id -> unix seconds at which it is deleted. Files that expire."""
+
+FILE_BYTES = f"{_FILES}bytes"
+"""Hash: tenant -> bytes of its files."""
+
+FILES_COMPARED = f"{_FILES}compared"
+"""String: there while the indexes need no comparison with the storage. TTL 1 h; gone with all else that Redis loses."""
+
+FILE_STORAGE = f"{_FILES}storage"
+"""String: the id of the storage that the files are in, so that processes with another one are noticed. No TTL."""
+
+EVERY_FILE_KEY = f"{_FILES}*"
+"""Glob pattern, for access rules."""

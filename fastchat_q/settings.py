@@ -54,6 +54,13 @@ class Settings(BaseSettings):
     """Of an image, decoded or fetched."""
     max_inputs: int = Field(default=2048, ge=1)
     """Texts that a request may have embedded, or ranked."""
+    storage_url: str | None = None
+    """Where files are kept: file:///folder, s3://bucket/prefix, gs://… or az://…, with credentials from the variables
+    of each. None: the folder ``files`` in the state directory. API servers and the orchestrator must share it."""
+    max_file_bytes: int = Field(default=200 * 1024 * 1024, ge=1)
+    """Of an uploaded file."""
+    max_stored_bytes: int = Field(default=10 * 1024**3, ge=1)
+    """Of all files of one tenant; beyond it uploads are refused."""
     max_waiting: int = Field(default=2048, ge=1)
     """Waiting jobs a lane of one model may hold; the next is answered with 429."""
     queue_deadline_s: float = Field(default=600.0, gt=0)
