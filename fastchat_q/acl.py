@@ -51,6 +51,7 @@ RULES: dict[Role, Rules] = {
             keys.rate_limit("*"),
             keys.idempotent_model("*", "*"),
             keys.EVERY_FILE_KEY,
+            keys.EVERY_BATCH_KEY,
         ),
         read=(*REGISTRY, keys.ALIASES, keys.api_key("*"), keys.API_KEYS, keys.PEPPER),
         channels=EVENTS,
@@ -64,8 +65,9 @@ RULES: dict[Role, Rules] = {
             keys.ORCHESTRATOR_HEALTH,
             f"{keys.ORCHESTRATOR_JOBS}*",
             keys.EVERY_FILE_KEY,
+            keys.EVERY_BATCH_KEY,
         ),
-        read=REGISTRY,
+        read=(*REGISTRY, keys.ALIASES),
         channels=EVENTS,
         commands=(*PROCESS, "+info", "+dbsize"),  # arq logs both when it starts
     ),

@@ -313,14 +313,14 @@ def plan(
 
 @app.command()
 def orchestrator(state_dir: StateDir = None, redis_url: RedisUrl = None) -> None:
-    """Run the orchestrator: housekeeping in short ticks."""
+    """Run the orchestrator: batches and housekeeping, in short ticks."""
     from . import logs
 
     logs.configure()
     settings = load_settings(state_dir=state_dir, redis_url=redis_url)
     from .api.orchestrator import run
 
-    run(settings.resolved_redis_url, settings.orchestrator_redis_url)
+    run(settings)
 
 
 @app.command(
