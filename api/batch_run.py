@@ -319,9 +319,7 @@ class Run:
         validated = self.batch.validated
         age_s = self._clock() - validated.at if validated else 0.0
         longest_s = min(max(COMMIT_S, age_s / COMMIT_PART), MAX_COMMIT_S)
-        return (
-            count >= COMMIT_LINES or self._segment_bytes >= COMMIT_BYTES or now - self._segment_began >= longest_s
-        )
+        return count >= COMMIT_LINES or self._segment_bytes >= COMMIT_BYTES or now - self._segment_began >= longest_s
 
     async def _commit(self, closed: Outcome = "") -> None:
         """Writes the segment: from here on its lines are answered, and their jobs may go.

@@ -75,7 +75,15 @@ class Driver:
                 batch = await self._validated(batch, nonce)
             if batch.is_open and not batch.head.closed:
                 run = Run(
-                    self.redis, self.queue, self.catalog, self.batches, self.settings, self.fetcher, batch, nonce, self.clock
+                    self.redis,
+                    self.queue,
+                    self.catalog,
+                    self.batches,
+                    self.settings,
+                    self.fetcher,
+                    batch,
+                    nonce,
+                    self.clock,
                 )
                 if not await run.run(until):
                     return True

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import Field, StringConstraints
 
-from fastchat_q.batches import Batch, Manifest, new_batch_id
-from fastchat_q.errors import InvalidRequestError, TooManyBatchesError, UnknownFileError
+from fastchat_q.batches import Manifest, new_batch_id
+from fastchat_q.errors import InvalidRequestError, StorageUnavailableError, TooManyBatchesError, UnknownFileError
 from fastchat_q.ledger import Ledger, Part
 from fastchat_q.storage import MissingObjectError
 
@@ -122,12 +122,8 @@ async def download_errors(batch_id: str, request: Request) -> Response:
 async def _download(batch_id: str, part: Part, request: Request) -> Response:
     service, tenant = service_of(request), tenant_of(request)
     await service.batches.get(batch_id, tenant)
-    pieces = _pieces(service, await service.batches.load(batch_id), part)
-    try:
-        first = await anext(pieces, b"")
-    except MissingObjectError:  # it ended in this moment, and its files have the lines
-        pieces = _pieces(service, await service.batches.load(batch_id), part)
-        first = await anext(pieces, b"")
+    pieces = _pieces(service, batch_id, part)
+    first = await anext(pieces, b"")  # an error of the storage has a status of its own
 
     async def body() -> AsyncIterator[bytes]:
         yield first
@@ -137,15 +133,23 @@ async def _download(batch_id: str, part: Part, request: Request) -> Response:
     return StreamingResponse(body(), media_type="application/jsonl")
 
 
-async def _pieces(service: Service, batch: Batch, part: Part) -> AsyncIterator[bytes]:
+async def _pieces(service: Service, batch_id: str, part: Part) -> AsyncIterator[bytes]:
+    """Of a batch that ends meanwhile, the rest comes out of its file: that is all segments, one after the other."""
+    sent = 0
+    batch = await service.batches.load(batch_id)
     if batch.ended is None:
-        ledger = Ledger(service.batches.storage, batch.manifest.id)
-        async for piece in ledger.read(part, batch.head):
-            yield piece
-        return
+        try:
+            async for piece in Ledger(service.batches.storage, batch_id).read(part, batch.head):
+                sent += len(piece)
+                yield piece
+            return
+        except MissingObjectError:
+            batch = await service.batches.load(batch_id)
+    if batch.ended is None:
+        raise StorageUnavailableError("Answers of this batch are missing in the storage. Its log says more.")
     file_id = batch.ended.output_file_id if part == "output" else batch.ended.error_file_id
     if file_id is not None:
-        async for piece in service.files.content(await service.files.get(file_id, batch.manifest.tenant)):
+        async for piece in service.files.content(await service.files.get(file_id, batch.manifest.tenant), sent):
             yield piece
 
 

@@ -12,6 +12,8 @@ from .auth import Authenticator, check_scope, required_scope
 from .problems import error_response
 
 TAKES_IMAGES = ("/v1/chat/completions",)
+TAKES_FORMS = ("/v1/files",)
+"""Their bodies pass unread: the route reads them piece by piece, within limits of its own."""
 IMAGE = re.compile(rb'"data:image\\?/[^"]*"')
 """A data URL in JSON: it is left out of the size here. Whether it is an image is seen when it is read."""
 DRAIN_LIMIT = 64 * 1024 * 1024
@@ -19,7 +21,7 @@ DRAIN_LIMIT = 64 * 1024 * 1024
 
 
 class UnsupportedMediaTypeError(InvalidRequestError):
-    """The body is not JSON."""
+    """The body is not JSON, or not a form where one is taken."""
 
     status = 415
     code = "unsupported_media_type"
@@ -60,7 +62,10 @@ class Guard:
                 check_scope(caller, needed, scope["path"])
                 scope.setdefault("state", {})["caller"] = caller
             if scope["method"] in ("POST", "PUT", "PATCH") and _has_body(headers):
-                receive = await self._read_body(headers, receive, scope["path"] in TAKES_IMAGES)
+                if scope["path"] in TAKES_FORMS:
+                    check_is_form(headers)
+                else:
+                    receive = await self._read_body(headers, receive, scope["path"] in TAKES_IMAGES)
         except AuthenticationError as error:
             await error_response(error, {"www-authenticate": "Bearer"})(scope, receive, send_with_id)
         except FastchatQError as error:
@@ -70,7 +75,7 @@ class Guard:
 
     async def _read_body(self, headers: Headers, receive: Receive, takes_images: bool) -> Receive:
         """Reads the body within the limit and returns a receive that gives it again, whole."""
-        content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        content_type = media_type(headers)
         if content_type != "application/json" and not content_type.endswith("+json"):
             raise UnsupportedMediaTypeError(
                 f"Content-Type {content_type!r} is not supported. Send JSON, with Content-Type: application/json."
@@ -103,6 +108,19 @@ class Guard:
                 f"Shorten the messages, or raise {setting} on the server."
             )
         return _replay({"type": "http.request", "body": body, "more_body": False}, receive)
+
+
+def media_type(headers: Headers) -> str:
+    """The Content-Type without its parameters."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def check_is_form(headers: Headers) -> None:
+    """Raises UnsupportedMediaTypeError for a body that is no form."""
+    if media_type(headers) != "multipart/form-data":
+        raise UnsupportedMediaTypeError(
+            f"Content-Type {media_type(headers)!r} is not supported here. Send a form: multipart/form-data."
+        )
 
 
 def check_rest(size: int, image_bytes: int, limit: int) -> None:

@@ -7,6 +7,7 @@ arq's default serializer is pickle, with which anybody who can write to Redis ow
 
 import asyncio
 import time
+from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -18,10 +19,11 @@ from arq.worker import Worker
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from fastchat_q import keys
-from fastchat_q.capabilities import check_orchestrator_redis
+from fastchat_q import keys, upkeep
 from fastchat_q.batches import Batches
+from fastchat_q.capabilities import check_orchestrator_redis
 from fastchat_q.connection import connect
+from fastchat_q.errors import StorageUnavailableError
 from fastchat_q.files import Files
 from fastchat_q.queue import Queue
 from fastchat_q.registry import Registry
@@ -78,6 +80,7 @@ def run(settings: Settings) -> None:
         functions=[func(advance_batch, name=ADVANCE, timeout=ADVANCE_TIMEOUT_S)],
         cron_jobs=[
             cron(housekeeping, second={0, 30}, run_at_startup=True, timeout=TICK_TIMEOUT_S, unique=True),
+            cron(tidy_files, second={15, 45}, run_at_startup=True, timeout=TICK_TIMEOUT_S, unique=True),
             cron(find_batches, second=set(range(60)), run_at_startup=True, timeout=TICK_TIMEOUT_S, unique=True),
         ],
         max_jobs=MAX_TICKS,
@@ -94,7 +97,7 @@ def run(settings: Settings) -> None:
         keep_result=0,
         on_startup=start,
         on_shutdown=stop,
-        ctx={"client": client, "driver": driver},
+        ctx={"client": client, "driver": driver, "files": driver.files},
     )
     log.info("orchestrating", queue=keys.ORCHESTRATOR_QUEUE)
     worker.run()
@@ -149,6 +152,18 @@ async def housekeeping(ctx: dict[str, Any]) -> dict[str, int]:
     took = round(time.monotonic() - started, 3)
     log.info("housekeeping", models=len(models), consumers_removed=removed, reaped=reaped, mended=mended, seconds=took)
     return {"consumers_removed": removed, "reaped": reaped, "mended": mended}
+
+
+async def tidy_files(ctx: dict[str, Any]) -> dict[str, int]:
+    """Deletes files that expired and what dead uploads left; brings back an index that Redis lost."""
+    started = time.monotonic()
+    try:
+        done = asdict(await upkeep.tick(ctx["files"], ctx["client"]))
+    except StorageUnavailableError as error:
+        log.warning("files were not tidied", error=error.message)
+        return {}
+    log.info("files tidied", **done, seconds=round(time.monotonic() - started, 3))
+    return done
 
 
 async def _remove_idle_consumers(redis: "Redis", stream: str, idle_ms: int = IDLE_CONSUMER_MS) -> int:

@@ -113,10 +113,14 @@ BRANCHES = ("constrained-", "dict[", "function-", "list[", "literal[", "nullable
 """How pydantic spells branches of unions, beside "str" and the names of classes; they are not part of a path."""
 
 
+PLACES = ("body", "query", "path", "header")
+"""Where FastAPI found a parameter; no part of its name."""
+
+
 def _path(location: Sequence[int | str], last: str = "") -> str:
     """('body', 'messages', 0, 'content', 'str') -> messages[0].content; ``last`` is added as it is."""
     path = ""
-    for part in location[1:] if location[:1] == ("body",) else location:
+    for part in location[1:] if location[:1] and location[0] in PLACES else location:
         if isinstance(part, int):
             path += f"[{part}]" if path else ""
         elif part != "str" and not part.startswith(BRANCHES) and not part[:1].isupper():

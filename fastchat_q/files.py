@@ -4,6 +4,7 @@ The storage is the truth: a file is there once its record is, and its record com
 made again from it (``upkeep``).
 """
 
+import contextlib
 import re
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
@@ -16,14 +17,16 @@ from redis.asyncio import Redis
 from ulid import ULID
 
 from . import keys, scripts
-from .errors import InvalidRequestError, StorageQuotaError, UnknownFileError
-from .storage import MissingObjectError, Storage
+from .errors import InvalidRequestError, StorageQuotaError, StorageUnavailableError, UnknownFileError
+from .storage import AlreadyExistsError, MissingObjectError, Storage
 from .versions import known_fields
 
 log = structlog.get_logger()
 
 BYTES_PREFIX, RECORD_PREFIX = "objects", "records"
 FILE_ID = re.compile(r"file-[0-7][0-9A-HJKMNP-TV-Z]{25}")
+IDENTITY = "storage-id"
+"""An object that tells one storage from another."""
 PAGE = 1000
 """Records that a listing reads at a time."""
 
@@ -105,6 +108,7 @@ class Files:
         self.storage = storage
         self._redis = redis
         self._clock = clock
+        self._claimed = False
 
     async def create(
         self,
@@ -138,9 +142,36 @@ class Files:
             raise
 
     async def write(self, data: bytes | AsyncIterable[bytes], file_id: str | None = None) -> Draft:
-        """Stores bytes that nobody sees yet. What the stream raises comes out, and nothing is left."""
+        """Stores bytes that nobody sees yet. What the stream raises comes out, and nothing is left.
+
+        Raises:
+            StorageUnavailableError: or this process keeps files elsewhere than the others.
+        """
+        if not self._claimed:
+            with contextlib.suppress(AlreadyExistsError):
+                await self.storage.put(IDENTITY, str(ULID()).encode(), create=True)
+            if not await self.is_ours():
+                raise StorageUnavailableError("The server's storage for files is not set up. Its log says more.")
+            self._claimed = True
         file_id = file_id or new_file_id(self._clock())
         return Draft(file_id, await self.storage.put(object_key(file_id), data))
+
+    async def is_ours(self) -> bool:
+        """Whether the index in Redis is of this storage; False too while no file was ever written."""
+        try:
+            here = await self.storage.get(IDENTITY)
+        except MissingObjectError:
+            here = b""
+        if here:
+            await self._redis.set(keys.FILE_STORAGE, here, nx=True)
+        there = await self._redis.get(keys.FILE_STORAGE)
+        if there is not None and there != here:
+            log.error(
+                "files are kept elsewhere by other processes: give all API servers and the orchestrator the same "
+                "FASTCHAT_Q_STORAGE_URL or folder; if the storage was changed on purpose: "
+                f"fastchat-q redis DEL {keys.FILE_STORAGE}"
+            )
+        return bool(here) and there == here
 
     async def publish(
         self,
@@ -211,7 +242,7 @@ class Files:
         found: Records = []
         while len(found) <= limit:
             ids = await self._page(tenant, after, order)
-            records = await self._records(ids)
+            records = await self.indexed(ids)
             now = self._clock()
             found += [r for r in records if not r.expired(now) and purpose in (None, r.purpose)]
             if len(ids) < PAGE:
@@ -246,6 +277,20 @@ class Files:
         await self.storage.delete([record_key(record.id)])
         await self.forget(record)
         await self.storage.delete([object_key(record.id)])
+
+    async def ids(self) -> set[str]:
+        """Of all files in the index."""
+        found: set[str] = set()
+        page: Sequence[str] = await self._page(None, None, "asc")
+        while page:
+            found.update(page)
+            page = await self._page(None, page[-1], "asc")
+        return found
+
+    async def indexed(self, file_ids: Sequence[str]) -> Records:
+        """The records that Redis has of these ids."""
+        rows = await self._redis.mget([keys.file_record(file_id) for file_id in file_ids]) if file_ids else []
+        return [FileRecord.from_json(raw) for raw in rows if raw is not None]
 
     async def index(self, record: FileRecord) -> None:
         """Brings a record of the storage back into the index."""
@@ -294,12 +339,6 @@ class Files:
         else:
             ids = await self._redis.zrevrangebylex(name, f"({after}" if after else "+", "-", start=0, num=PAGE)
         return [i.decode() for i in ids]
-
-    async def _records(self, ids: Sequence[str]) -> Records:
-        if not ids:
-            return []
-        rows = await self._redis.mget([keys.file_record(file_id) for file_id in ids])
-        return [FileRecord.from_json(raw) for raw in rows if raw is not None]
 
 
 def check_quota(used: int, limit: int) -> None:

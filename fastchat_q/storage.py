@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ import obstore
 import structlog
 from obstore.exceptions import AlreadyExistsError as ObstoreExists
 from obstore.exceptions import BaseError, GenericError
-from obstore.store import from_url
+from obstore.store import LocalStore, from_url
 from ulid import ULID
 
 from .errors import ConfigurationError, StorageFullError, StorageUnavailableError
@@ -58,20 +58,16 @@ class Storage:
             ``AZURE_…``).
 
     Raises:
-        ConfigurationError: the URL cannot be used.
+        ConfigurationError: the URL cannot be used. Whether a folder can be written to is seen when it is first needed.
     """
 
     def __init__(self, url: str) -> None:
-        self.folder: Path | None = None
-        """Of a local storage."""
+        self._folder = Path(url.removeprefix("file://")) if url.startswith("file:///") else None
         try:
-            if url.startswith("file://"):
-                self.folder = Path(url.removeprefix("file://"))
-                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _sync(self.folder.parent)
-                url = self.folder.absolute().as_uri()
-            self._store: Any = from_url(url)
-        except (BaseError, OSError, ValueError) as error:
+            if self._folder is None and url.startswith("file:"):
+                raise ValueError("a folder is named with all that is above it")
+            self._remote: Any = from_url(url) if self._folder is None else None
+        except (BaseError, ValueError) as error:
             raise ConfigurationError(
                 f"FASTCHAT_Q_STORAGE_URL is {url!r}, which cannot be used: {_short(error)}. Give file:///folder, "
                 "s3://bucket/prefix, gs://bucket/prefix or az://container/prefix."
@@ -79,7 +75,11 @@ class Storage:
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        """The storage that the settings name; without one: the folder ``files`` in the state directory."""
+        """The storage that the settings name; without one: the folder ``files`` in the state directory.
+
+        Raises:
+            ConfigurationError: the URL cannot be used.
+        """
         return cls(settings.storage_url or f"file://{settings.state_dir.absolute() / 'files'}")
 
     async def put(self, key: str, data: bytes | AsyncIterable[bytes], *, create: bool = False) -> int:
@@ -93,11 +93,11 @@ class Storage:
             AlreadyExistsError: with ``create``: there is one.
         """
         counted = None if isinstance(data, bytes) else _Counted(data)
-        with _errors(key):
-            if self.folder is None:
+        with _errors(key, put=True):
+            if self._folder is None:
                 await self._put(key, data if counted is None else counted, "create" if create else "overwrite")
             else:
-                await self._put_synced(self.folder, key, data if counted is None else counted, create)
+                await self._put_synced(self._folder, key, data if counted is None else counted, create)
         return len(data) if isinstance(data, bytes) else counted.size if counted else 0
 
     async def get(self, key: str) -> bytes:
@@ -159,8 +159,8 @@ class Storage:
                     for name in some:
                         with contextlib.suppress(FileNotFoundError):
                             await obstore.delete_async(self._store, name)
-        if self.folder is not None and names:
-            await asyncio.to_thread(_sync_folders, {(self.folder / name).parent for name in names})
+        if self._folder is not None and names:
+            await asyncio.to_thread(_sync_folders, {(self._folder / name).parent for name in names})
 
     async def list(self, prefix: str) -> AsyncIterator[tuple[str, int]]:
         """Key and size of every object under a prefix of whole path segments, in no particular order."""
@@ -171,7 +171,16 @@ class Storage:
 
     async def remove_partial(self, older_than_s: float) -> int:
         """Removes what killed processes left of their puts; returns how many. Buckets have lifecycle rules for that."""
-        return 0 if self.folder is None else await asyncio.to_thread(_remove_old, self.folder / PARTIAL, older_than_s)
+        return 0 if self._folder is None else await asyncio.to_thread(_remove_old, self._folder / PARTIAL, older_than_s)
+
+    @property
+    def _store(self) -> Any:
+        """To be used within `_errors`."""
+        if self._remote is None and self._folder is not None:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _sync(self._folder.parent)
+            self._remote = LocalStore(prefix=self._folder)
+        return self._remote
 
     async def _put(self, key: str, data: Any, mode: Any) -> None:
         await obstore.put_async(self._store, key, data, mode=mode, max_concurrency=PARTS_AT_A_TIME)
@@ -206,24 +215,29 @@ class _Counted:
 
 
 @contextlib.contextmanager
-def _errors(key: str) -> Any:
+def _errors(key: str, *, put: bool = False) -> Iterator[None]:
     """What obstore raises becomes ours; errors of the stream that is being stored pass."""
     try:
         yield
     except FileNotFoundError as error:
+        if put:  # it is the bucket that is missing
+            raise _unavailable(key, error) from error
         raise MissingObjectError(key) from error
     except ObstoreExists as error:
         raise AlreadyExistsError(key) from error
     except (BaseError, OSError) as error:
-        log.warning("storage error", key=key, error=_short(error))
         if FULL.search(str(error)) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            log.warning("storage is full", key=key, error=_short(error))
             raise StorageFullError(
                 "The server's storage for files is full. Nothing was kept; delete files that are no longer needed, or "
                 "have the operator make room."
             ) from error
-        raise StorageUnavailableError(
-            "The server's storage for files cannot be used now. Retry in a moment."
-        ) from error
+        raise _unavailable(key, error) from error
+
+
+def _unavailable(key: str, error: Exception) -> StorageUnavailableError:
+    log.warning("storage error", key=key, error=_short(error))
+    return StorageUnavailableError("The server's storage for files cannot be used at the moment.")
 
 
 def _short(error: Exception) -> str:
