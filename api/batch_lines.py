@@ -60,7 +60,8 @@ def max_line(settings: Settings) -> int:
 class Lines:
     """The lines of an object from a place on, in order. Blank ones are counted and left out.
 
-    It holds one block, or one line; between two blocks nothing is open, so it may be left lying for as long as one likes.
+    It holds one block, or one line. Between two blocks nothing is open, so it may be left lying for as long as one
+    likes.
     """
 
     def __init__(self, storage: Storage, key: str, longest: int, number: int = 1, offset: int = 0) -> None:

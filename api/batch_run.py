@@ -1,7 +1,7 @@
 """Drives a batch whose input is good: keeps a window of its lines in the queue, and writes what they came to.
 
-All that it holds is the window and the segment to come. It may be killed at any point: the last segment says which lines
-have no answer yet, and a line that is enqueued again finds its own job.
+All that it holds is the window and the segment to come. It may be killed at any point: the last segment says which
+lines have no answer yet, and a line that is enqueued again finds its own job.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from fastchat_q.abilities import check_can_do
 from fastchat_q.batches import Batch, Batches
 from fastchat_q.errors import FastchatQError, JobFailedError
 from fastchat_q.events import Delta, End
-from fastchat_q.files import object_key
+from fastchat_q.files import Files, object_key
 from fastchat_q.jobs import Job
 from fastchat_q.ledger import Ledger, Outcome
 from fastchat_q.queue import Accepted, Queue, Terms
@@ -89,30 +89,33 @@ class Prepared:
     terms: Terms
 
 
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What driving batches takes."""
+
+    redis: "Redis"
+    queue: Queue
+    catalog: Catalog
+    batches: Batches
+    files: Files
+    settings: Settings
+    fetcher: Fetcher | None = None
+    clock: Callable[[], float] = time.time
+
+
 class Run:
     """One tick's work on one batch."""
 
-    def __init__(
-        self,
-        redis: "Redis",
-        queue: Queue,
-        catalog: Catalog,
-        batches: Batches,
-        settings: Settings,
-        fetcher: Fetcher | None,
-        batch: Batch,
-        nonce: str,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._redis, self._queue, self._catalog, self._batches = redis, queue, catalog, batches
-        self._settings, self._fetcher, self._nonce, self._clock = settings, fetcher, nonce, clock
+    def __init__(self, tools: Tools, batch: Batch, nonce: str) -> None:
+        self._redis, self._queue, self._catalog, self._batches = tools.redis, tools.queue, tools.catalog, tools.batches
+        self._settings, self._fetcher, self._clock, self._nonce = tools.settings, tools.fetcher, tools.clock, nonce
         self.batch = batch
         self._id, self._endpoint = batch.manifest.id, batch.manifest.endpoint
         self._caller = batch.manifest.who()
-        self._ledger = Ledger(batches.storage, self._id)
+        self._ledger = Ledger(self._batches.storage, self._id)
         self._key = object_key(batch.manifest.input_file_id)
         head = batch.head
-        self._lines = Lines(batches.storage, self._key, max_line(settings), head.line, head.offset)
+        self._lines = Lines(self._batches.storage, self._key, max_line(self._settings), head.line, head.offset)
         self._flights: dict[str, Flight] = {}
         self._bytes = 0
         self._again: list[RawLine] = []
@@ -262,7 +265,7 @@ class Run:
             self._bytes -= flight.line.size
             end = job.end
             lost = end is None or _lost_a_part(end)
-            if not lost and not (self._stopping and end.state == "cancelled"):
+            if end is not None and not lost and not (self._stopping and end.state == "cancelled"):
                 self._take(flight, end, job.events)
             elif self.batch.cancelling is not None:
                 self._answered.append((flight.model, job.job_id))
@@ -363,7 +366,7 @@ class Run:
     async def _cancel(self) -> bool:
         """What waits ends at once, what runs within `CANCEL_GRACE_S`; the rest stays without an answer."""
         assert self.batch.cancelling is not None
-        over = self.batch.cancelling.at + CANCEL_GRACE_S
+        over = float(self.batch.cancelling.at + CANCEL_GRACE_S)
         await self._adopt()
         await cancel_jobs(self._redis, self._jobs(), running=False)
         while await self._collect() or self._flights:
@@ -380,8 +383,8 @@ class Run:
         """What has no answer yet gets an error line."""
         await self._adopt()
         await cancel_jobs(self._redis, self._jobs(), running=True)
-        while await self._collect() or self._flights:
-            await asyncio.sleep(MIN_POLL_S)
+        while self._flights:  # each of them has ended by now
+            await self._collect()
         while (line := await self._lines.next()) is not None:
             self._add(self._errors, expired_line(self._id, line.number, envelope(line, self._endpoint).custom_id))
             if self._segment_bytes >= COMMIT_BYTES // 8:

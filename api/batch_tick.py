@@ -4,28 +4,22 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from collections.abc import Coroutine
+from dataclasses import replace
 from secrets import token_hex
 from typing import Any, TypeVar
 
 import structlog
-from redis.asyncio import Redis
 from ulid import ULID
 
-from fastchat_q.batches import LEASE_MS, Batch, Batches, Ended
+from fastchat_q.batches import LEASE_MS, Batch, Ended
 from fastchat_q.errors import StorageFullError, StorageUnavailableError, UnknownBatchError
-from fastchat_q.files import Files
 from fastchat_q.ledger import Ledger, Part
 from fastchat_q.loops import AWAY
-from fastchat_q.queue import Queue
-from fastchat_q.settings import Settings
 from fastchat_q.storage import MissingObjectError
 
-from .batch_run import Run, SupersededError
+from .batch_run import Run, SupersededError, Tools
 from .batch_validation import Validation
-from .catalog import Catalog
-from .remote_images import Fetcher
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -37,21 +31,11 @@ TROUBLE_S = 2.0
 """A pause when the storage is full or away."""
 
 
-@dataclass(frozen=True, slots=True)
-class Driver:
+class Driver(Tools):
     """Drives batches, tick by tick. Any number of them may do so at once."""
 
-    redis: "Redis"
-    queue: Queue
-    catalog: Catalog
-    batches: Batches
-    files: Files
-    settings: Settings
-    fetcher: Fetcher | None = None
-    clock: Callable[[], float] = time.time
-
     async def advance(self, batch_id: str, tick_s: float = TICK_S) -> int | None:
-        """Drives a batch for a while, if nobody else does; the number of the next tick, None: there is no need for one."""
+        """Drives a batch for a while, if nobody else does; the number of the next tick, or None if none is needed."""
         nonce, until = token_hex(8), time.monotonic() + tick_s
         tick = await self.batches.take(batch_id, nonce)
         if tick is None:
@@ -74,17 +58,7 @@ class Driver:
             if batch.state == "validating" or (batch.cancelling and batch.validated is None):
                 batch = await self._validated(batch, nonce)
             if batch.is_open and not batch.head.closed:
-                run = Run(
-                    self.redis,
-                    self.queue,
-                    self.catalog,
-                    self.batches,
-                    self.settings,
-                    self.fetcher,
-                    batch,
-                    nonce,
-                    self.clock,
-                )
+                run = Run(self, batch, nonce)
                 if not await run.run(until):
                     return True
                 batch = run.batch
@@ -135,7 +109,7 @@ class Driver:
         return batch
 
     async def _finish(self, batch: Batch) -> Batch:
-        """The ledger is closed: its lines become files. Each step may be repeated; the ids of the files are the same."""
+        """The ledger is closed: its lines become files. Each step may be repeated, with the same ids of files."""
         head = batch.head
         await self.batches.show(batch)
         output = await self._file(batch, "output") if head.completed else None

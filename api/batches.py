@@ -158,8 +158,8 @@ def _window_s(window: str) -> int:
     seconds = int(match[1]) * SECONDS[match[2]] if match else 0
     if not 0 < seconds <= MAX_WINDOW_S:
         raise InvalidRequestError(
-            f"Invalid value for 'completion_window': {window!r}. Send '24h', or another time such as '1h' or '7d', of 30 "
-            "days at the most.",
+            f"Invalid value for 'completion_window': {window!r}. Send '24h', or another time such as '1h' or '7d', of "
+            "30 days at the most.",
             param="completion_window",
             code="invalid_value",
         )

@@ -1,13 +1,13 @@
 """Batches: facts in the storage, written once each, and in Redis what they come to, for those who look.
 
-``batches/<id>/`` holds ``manifest.json`` (what was asked for, put before the client has its answer), ``validated.json``,
-``cancelling.json``, ``ended.json``, and the segments of the ledger. Whoever comes first with a fact has it; nobody
-changes one. The state of a batch is read off its facts, so no two processes can disagree on it.
+``batches/<id>/`` holds ``manifest.json`` (what was asked for, put before the client has its answer),
+``validated.json``, ``cancelling.json``, ``ended.json``, and the segments of the ledger. Whoever comes first with a fact
+has it; nobody changes one. The state of a batch is read off its facts, so no two processes can disagree on it.
 """
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -298,9 +298,9 @@ class Batches:
         """Batches of a tenant that have not ended."""
         return int(await self._redis.scard(keys.open_batches_of(tenant)))  # type: ignore[misc]
 
-    async def open_ids(self) -> "list[str]":
+    async def open_ids(self) -> tuple[str, ...]:
         """Batches that have not ended, and work for ticks."""
-        return [batch_id.decode() for batch_id in await self._redis.zrange(keys.OPEN_BATCHES, 0, -1)]
+        return tuple([batch_id.decode() for batch_id in await self._redis.zrange(keys.OPEN_BATCHES, 0, -1)])
 
     async def reindex(self) -> int:
         """If Redis lost its data: brings all batches back from the storage; returns how many."""
@@ -315,12 +315,12 @@ class Batches:
         await self._redis.set(keys.BATCHES_INDEXED, "1")
         return len(found)
 
-    async def idle(self, batch_ids: "list[str]") -> "list[tuple[str, int]]":
+    async def idle(self, batch_ids: Sequence[str]) -> Sequence[tuple[str, int]]:
         """Those that nobody drives at the moment, each with the number of its next tick."""
         if not batch_ids:
-            return []
+            return ()
         leases = await self._redis.mget([keys.batch_lease(batch_id) for batch_id in batch_ids])
-        ticks = await self._redis.hmget(keys.BATCH_TICKS, batch_ids)  # type: ignore[misc]
+        ticks = await self._redis.hmget(keys.BATCH_TICKS, list(batch_ids))  # type: ignore[misc]
         rows = zip(batch_ids, leases, ticks, strict=True)
         return [(batch_id, int(tick or 0)) for batch_id, lease, tick in rows if lease is None]
 

@@ -1,8 +1,8 @@
 """The ledger of a batch: what its lines came to, as segments in the storage that are written once and never changed.
 
-Segment N is put only if there is none: of two processes that drive a batch, by a lease that ran out unnoticed, one alone
-can write it, and the other learns that it is behind. So no line is answered twice. The header of the last segment says
-all that is needed to go on.
+Segment N is put only if there is none: of two processes that drive a batch, by a lease that ran out unnoticed, one
+alone can write it, and the other learns that it is behind. So no line is answered twice. The header of the last segment
+says all that is needed to go on.
 """
 
 from collections.abc import AsyncIterator
