@@ -6,7 +6,7 @@ from fastapi import FastAPI
 
 from fastchat_q import __version__
 
-from . import chat, embeddings, files, jobs, models, openapi, problems, rerank
+from . import batches, chat, embeddings, files, jobs, models, openapi, problems, rerank
 from .anthropic import routes as anthropic
 from .cors import Cors
 from .guard import Guard
@@ -25,6 +25,7 @@ def create_app(service: Service) -> FastAPI:
         rerank.router,
         anthropic.router,
         files.router,
+        batches.router,
         jobs.router,
         models.router,
     ):  # include_router would match every request twice: 15 % of its cost

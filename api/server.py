@@ -11,6 +11,7 @@ import uvloop
 from redis.asyncio import Redis
 
 from fastchat_q.addresses import check_exposure, check_port_free, http_base
+from fastchat_q.batches import Batches
 from fastchat_q.connection import connect
 from fastchat_q.credentials import KEY_FILE, load_or_create_api_key, load_or_create_pepper
 from fastchat_q.files import Files
@@ -75,7 +76,19 @@ async def _serve(settings: Settings, secrets: tuple[str, str] | None) -> None:
     durability, files = Durability(redis), Files(redis, Storage.of(settings))
     fetcher = Fetcher(settings.max_image_bytes) if settings.allow_remote_images else None
     authenticator = _authenticator(redis, secrets)
-    service = Service(settings, authenticator, catalog, limits, relay, redis, queue, durability, files, fetcher)
+    service = Service(
+        settings,
+        authenticator,
+        catalog,
+        limits,
+        relay,
+        redis,
+        queue,
+        durability,
+        files,
+        Batches(redis, files.storage),
+        fetcher,
+    )
 
     async def reap() -> None:
         for model in catalog.known():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fastapi import Request
 from redis.asyncio import Redis
 
+from fastchat_q.batches import Batches
 from fastchat_q.files import Files
 from fastchat_q.queue import Queue
 from fastchat_q.settings import Settings
@@ -30,6 +31,7 @@ class Service:
     queue: Queue
     durability: Durability
     files: Files
+    batches: Batches
     fetcher: Fetcher | None = None
     """None: images are not fetched."""
 

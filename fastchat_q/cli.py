@@ -314,7 +314,7 @@ def plan(
 
 @app.command()
 def orchestrator(state_dir: StateDir = None, redis_url: RedisUrl = None) -> None:
-    """Run the orchestrator: housekeeping in short ticks."""
+    """Run the orchestrator: batches and housekeeping, in short ticks."""
     from . import logs
 
     logs.configure()

@@ -13,10 +13,12 @@
     ├── ModelNotFoundError               404 model_not_found
     ├── IdempotencyConflictError         422 idempotency_key_reused
     ├── UnknownFileError                 404 file_not_found
+    ├── UnknownBatchError                404 batch_not_found
     ├── StorageQuotaError                403 storage_quota_exceeded
     ├── RateLimitError                   429 rate_limit_exceeded   with Retry-After
     ├── QuotaError                       429 insufficient_quota
     ├── QueueFullError                   429 queue_full            with Retry-After
+    ├── TooManyBatchesError              429 too_many_batches      with Retry-After
     ├── QueueDrainingError               503 queue_draining        with Retry-After
     ├── NoWorkerError                    503 no_worker             with Retry-After
     ├── LoadFailedError                  503 load_failed           with Retry-After
@@ -233,6 +235,26 @@ class UnknownFileError(FastchatQError):
 
     def __init__(self, file_id: str) -> None:
         super().__init__(f"No such File object: {file_id[:80]}", param="id")
+
+
+class UnknownBatchError(FastchatQError):
+    """No such batch, or not the caller's."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "batch_not_found"
+
+    def __init__(self, batch_id: str) -> None:
+        super().__init__(f"No batch found with id '{batch_id[:80]}'.", param="batch_id")
+
+
+class TooManyBatchesError(FastchatQError):
+    """The tenant has as many open batches as it may; nothing was accepted."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "too_many_batches"
+    retry_after_s = 60
 
 
 class StorageQuotaError(FastchatQError):

@@ -73,6 +73,14 @@ class Settings(BaseSettings):
     """Of an uploaded file."""
     max_stored_bytes: int = Field(default=10 * 1024**3, ge=1)
     """Of all files of one tenant; beyond it uploads are refused."""
+    max_batch_lines: int = Field(default=50_000, ge=1)
+    """Requests that a batch may hold."""
+    max_open_batches: int = Field(default=32, ge=1)
+    """Batches of one tenant that have not ended; the next is answered with 429."""
+    batch_window: int = Field(default=512, ge=1)
+    """Jobs that all open batches together keep in the queue: they share it equally."""
+    batch_window_bytes: int = Field(default=64 * 1024 * 1024, ge=1)
+    """The same in bytes of requests, so that large ones do not fill Redis."""
     max_waiting: int = Field(default=2048, ge=1)
     """Waiting jobs a lane of one model may hold; the next is answered with 429."""
     queue_deadline_s: float = Field(default=600.0, gt=0)
