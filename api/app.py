@@ -6,7 +6,8 @@ from fastapi import FastAPI
 
 from fastchat_q import __version__
 
-from . import chat, embeddings, jobs, models, openapi, problems, rerank
+from . import batches, chat, embeddings, files, jobs, models, openapi, problems, rerank
+from .anthropic import routes as anthropic
 from .cors import Cors
 from .guard import Guard
 from .service import Service
@@ -22,6 +23,9 @@ def create_app(service: Service) -> FastAPI:
         chat.router,
         embeddings.router,
         rerank.router,
+        anthropic.router,
+        files.router,
+        batches.router,
         jobs.router,
         models.router,
     ):  # include_router would match every request twice: 15 % of its cost

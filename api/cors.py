@@ -49,5 +49,6 @@ class Cors(CORSMiddleware):
                 f"This {refused} is not allowed for pages of {request_headers['origin'][:200]!r}. The server's setting "
                 "FASTCHAT_Q_CORS_ORIGINS names the origins."
             ),
+            {"type": "http", "path": ""},  # a browser reads the status alone
             headers,
         )

@@ -2,8 +2,6 @@
 
 import re
 import time
-from collections.abc import Sequence
-from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request
@@ -12,15 +10,16 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 from ulid import ULID
 
-from fastchat_q.events import End, Event
 from fastchat_q.jobs import Job, Lane
+from fastchat_q.settings import Settings
 
+from .asked import Asked
 from .asking import answer
 from .fields import Strict, Text
 from .render import View
 from .schemas import LANES, MAX_TOKEN_ID, TokenId
 from .service import service_of
-from .vectors import check_count, floats, prompt_usage, vectors
+from .vectors import check_count
 
 router = APIRouter(tags=["embeddings"])
 
@@ -92,17 +91,17 @@ class EmbeddingRequest(Strict):
 )
 async def create_embeddings(body: EmbeddingRequest, request: Request) -> Response:
     """Queues all inputs as one job and answers with their vectors."""
-    check_count(len(body.input), "input", service_of(request).settings)
+    return await answer(request, asked(body, service_of(request).settings))
+
+
+def asked(body: EmbeddingRequest, settings: Settings) -> Asked:
+    """What the request asks for.
+
+    Raises:
+        InvalidRequestError: it has more inputs than the server takes.
+    """
+    check_count(len(body.input), "input", settings)
     job = body.to_job()
-    view = View(job.id, job.model, int(time.time()), job.lane, kind=job.kind, n=len(job.inputs))
-    return await answer(request, body, job, view, partial(_embeddings, body.encoding_format == "base64"))
-
-
-def _embeddings(as_base64: bool, view: View, events: Sequence[Event], end: End) -> dict[str, Any]:
-    """OpenAI's list object."""
-    found = vectors(view.n, events)
-    data = [
-        {"object": "embedding", "index": index, "embedding": vector if as_base64 else floats(vector)}
-        for index, vector in enumerate(found)
-    ]
-    return {"object": "list", "data": data, "model": view.model, "usage": prompt_usage(end)}
+    extra = {"base64": True} if body.encoding_format == "base64" else {}
+    view = View(job.id, job.model, int(time.time()), job.lane, form="embeddings", n=len(job.inputs), extra=extra)
+    return Asked(body, job, view)

@@ -22,14 +22,18 @@ from fastchat_q.errors import (
     RequestTooLargeError,
 )
 
+from .anthropic.errors import speaks_anthropic
 from .auth import Authenticator, check_scope, required_scope
 from .problems import BUG, error_response
 
 log = structlog.get_logger()
 
-TAKES_IMAGES = ("/v1/chat/completions",)
-IMAGE = re.compile(rb'"data:image\\?/[^"]*"')
-"""A data URL in JSON: it is left out of the size here. Whether it is an image is seen when it is read."""
+TAKES_IMAGES = ("/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens")
+TAKES_FORMS = ("/v1/files",)
+"""Their bodies pass unread: the route reads them piece by piece, within limits of its own."""
+IMAGE = re.compile(rb'"data:image\\?/[^"]*"|"data"\s*:\s*"[^"]*"')
+"""A data URL in JSON, or the data of an image block: left out of the size here. Whether it is one is seen when it
+is read."""
 DRAIN_LIMIT = 64 * 1024 * 1024
 """A refused body is read and thrown away up to here, so that the client gets to see the answer."""
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}", re.ASCII)
@@ -39,7 +43,7 @@ INLINE_BYTES = 256 * 1024
 
 
 class UnsupportedMediaTypeError(InvalidRequestError):
-    """The body is not JSON."""
+    """The body is not JSON, or not a form where one is taken."""
 
     status = 415
     code = "unsupported_media_type"
@@ -75,42 +79,54 @@ class Guard:
         scope["path"] = scope["path"].rstrip("/") or "/"  # a redirect would name another address behind a proxy
         headers, began, started = Headers(scope=scope), time.perf_counter(), False
         request_id = _request_id(headers)
+        scope.setdefault("state", {})["request_id"] = request_id
+        names = ("x-request-id", "request-id") if speaks_anthropic(scope) else ("x-request-id",)
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
                 added = MutableHeaders(scope=message)
-                added["x-request-id"] = request_id
                 added["openai-processing-ms"] = str(round((time.perf_counter() - began) * 1000))
+                for name in names:
+                    added[name] = request_id
             await send(message)
 
         try:
-            needed = required_scope(scope["path"])
-            if needed is not None and scope["method"] != "OPTIONS":
-                caller = await self._authenticator.caller(headers.get("authorization"))
-                check_scope(caller, needed, scope["path"])
-                scope.setdefault("state", {})["caller"] = caller
-            if scope["method"] in ("POST", "PUT", "PATCH") and _has_body(headers):
-                receive = await self._read_body(headers, receive, scope["path"] in TAKES_IMAGES)
+            receive = await self._checked(scope, headers, receive)
         except AuthenticationError as error:
-            await error_response(error, {"www-authenticate": "Bearer"})(scope, receive, send_with_id)
+            await error_response(error, scope, {"www-authenticate": "Bearer"})(scope, receive, send_with_id)
+            return
         except FastchatQError as error:
-            await error_response(error, {"connection": "close"})(scope, receive, send_with_id)
-        else:
-            if scope["method"] == "HEAD" and takes_head(scope["path"]):
-                scope = {**scope, "method": "GET"}  # the server, which has the original, leaves the body out
-            try:
-                await self._app(scope, receive, send_with_id)
-            except Exception as error:
-                log.error("unexpected error", path=scope["path"], request_id=request_id, exc_info=error)
-                if started:
-                    raise
-                await error_response(FastchatQError(BUG))(scope, receive, send_with_id)
+            await error_response(error, scope, {"connection": "close"})(scope, receive, send_with_id)
+            return
+        if scope["method"] == "HEAD" and takes_head(scope["path"]):
+            scope = {**scope, "method": "GET"}  # the server, which has the original, leaves the body out
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            log.error("unexpected error", path=scope["path"], request_id=request_id, exc_info=error)
+            if started:
+                raise
+            await error_response(FastchatQError(BUG), scope)(scope, receive, send_with_id)
+
+    async def _checked(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
+        """Lets a request in, and returns what its body comes from."""
+        needed = required_scope(scope["path"])
+        if needed is not None and scope["method"] != "OPTIONS":
+            caller = await self._authenticator.caller(headers.get("authorization"), headers.get("x-api-key"))
+            check_scope(caller, needed, scope["path"])
+            scope["state"]["caller"] = caller
+        if scope["method"] not in ("POST", "PUT", "PATCH") or not _has_body(headers):
+            return receive
+        if scope["path"] in TAKES_FORMS:
+            check_is_form(headers)
+            return receive
+        return await self._read_body(headers, receive, scope["path"] in TAKES_IMAGES)
 
     async def _read_body(self, headers: Headers, receive: Receive, takes_images: bool) -> Receive:
         """Reads the body within the limit and returns a receive that gives it again, whole."""
-        content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        content_type = media_type(headers)
         if content_type != "application/json" and not content_type.endswith("+json"):
             raise UnsupportedMediaTypeError(
                 f"Content-Type {content_type!r} is not supported. Send JSON, with Content-Type: application/json."
@@ -193,6 +209,19 @@ def _each_once(pairs: list[tuple[str, Any]]) -> None:
 
 def _no_json(reason: str) -> InvalidRequestError:
     return InvalidRequestError(f"We could not parse the JSON body of your request: {reason}.", code="invalid_json")
+
+
+def media_type(headers: Headers) -> str:
+    """The Content-Type without its parameters."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def check_is_form(headers: Headers) -> None:
+    """Raises UnsupportedMediaTypeError for a body that is no form."""
+    if media_type(headers) != "multipart/form-data":
+        raise UnsupportedMediaTypeError(
+            f"Content-Type {media_type(headers)!r} is not supported here. Send a form: multipart/form-data."
+        )
 
 
 def check_rest(size: int, image_bytes: int, limit: int) -> None:

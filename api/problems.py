@@ -1,4 +1,4 @@
-"""Every failure becomes OpenAI's error object with its HTTP status, whoever raised it."""
+"""Every failure becomes OpenAI's error object with its HTTP status, whoever raised it; Anthropic's on its paths."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +10,11 @@ from fastapi.responses import JSONResponse, Response
 from redis.exceptions import OutOfMemoryError, RedisError
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
+from starlette.types import Scope
 
 from fastchat_q.errors import FastchatQError, InvalidRequestError, QueueUnavailableError
+
+from .anthropic import errors as anthropic
 
 log = structlog.get_logger()
 
@@ -36,28 +39,31 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http_exception)
 
 
-def error_response(error: FastchatQError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """The response for an error, Retry-After included."""
+def error_response(error: FastchatQError, scope: Scope, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The response for an error, Retry-After included; in the words of the API that the request is one of."""
     extra = {**error.headers, **(headers or {})}
     if error.retry_after_s is not None:
         extra["retry-after"] = str(error.retry_after_s)
+    if anthropic.speaks_anthropic(scope):
+        body = anthropic.body_of(error, scope.get("state", {}).get("request_id"))
+        return JSONResponse(body, anthropic.status_of(error), extra)
     return JSONResponse(error.body(), error.status, extra)
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, FastchatQError)
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def _on_redis_error(request: Request, error: Exception) -> JSONResponse:
     log.warning("redis error", path=request.url.path, error=str(error))
     if isinstance(error, OutOfMemoryError):
-        return error_response(QueueUnavailableError("The queue's memory is full. Nothing was accepted; retry later."))
-    return error_response(
-        QueueUnavailableError(
-            "The queue cannot be reached. What it may have accepted of this request is cancelled; retry in a moment."
-        )
+        full = QueueUnavailableError("The queue's memory is full. Nothing was accepted; retry later.")
+        return error_response(full, request.scope)
+    away = QueueUnavailableError(
+        "The queue cannot be reached. What it may have accepted of this request is cancelled; retry in a moment."
     )
+    return error_response(away, request.scope)
 
 
 def allowed_methods(request: Request) -> list[str]:
@@ -78,15 +84,15 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         if request.method == "OPTIONS":
             return Response(status_code=204, headers=allowed)
         message = f"Not allowed to {request.method} on {request.url.path}. Allowed: {allowed['allow']}."
-        return error_response(HttpMethodError(message), allowed)
+        return error_response(HttpMethodError(message), request.scope, allowed)
     problem = InvalidRequestError(message, code=HTTP_CODES.get(error.status_code))
     problem.status = error.status_code
-    return error_response(problem, error.headers)
+    return error_response(problem, request.scope, error.headers)
 
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return error_response(invalid_request(most_specific(error.errors())))
+    return error_response(invalid_request(most_specific(error.errors())), request.scope)
 
 
 def most_specific(details: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -129,10 +135,14 @@ BRANCHES = ("constrained-", "dict[", "function-", "list[", "literal[", "nullable
 """How pydantic spells branches of unions, beside "str" and the names of classes; they are not part of a path."""
 
 
+PLACES = ("body", "query", "path", "header")
+"""Where FastAPI found a parameter; no part of its name."""
+
+
 def _path(location: Sequence[int | str], last: str = "") -> str:
     """('body', 'messages', 0, 'content', 'str') -> messages[0].content; ``last`` is added as it is."""
     path = ""
-    for part in location[1:] if location[:1] == ("body",) else location:
+    for part in location[1:] if location[:1] and location[0] in PLACES else location:
         if isinstance(part, int):
             path += f"[{part}]" if path else ""
         elif part != "str" and not part.startswith(BRANCHES) and not part[:1].isupper():

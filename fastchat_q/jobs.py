@@ -74,6 +74,8 @@ class Sampling(_Frozen):
 
     max_tokens: int | None = Field(default=None, ge=1)
     """Upper bound on generated tokens; None: what is left of the context."""
+    clip: bool = False
+    """``max_tokens`` may be more than the context has left: then that is the bound."""
     min_tokens: int = Field(default=0, ge=0)
     """Nothing ends the answer before so many."""
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)

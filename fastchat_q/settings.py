@@ -42,6 +42,9 @@ class Settings(BaseSettings):
     """Ask for a bearer key. Can only be switched off on a loopback address."""
     api_key: SecretStr | None = None
     """The key clients send. None: the one in the state directory, made at the first start."""
+    base_url: str | None = None
+    """The API server that ``run``, ``embed`` and ``batch`` ask. None: the one that ``up`` runs on the state directory,
+    else the one at ``host`` and ``port``."""
     key_pepper: SecretStr | None = None
     """The secret that API keys are hashed with: the same for all API servers and for ``fastchat-q key``. None: the one
     in the state directory, made when first needed."""
@@ -63,6 +66,21 @@ class Settings(BaseSettings):
     """Of an image, decoded or fetched."""
     max_inputs: int = Field(default=2048, ge=1)
     """Texts that a request may have embedded, or ranked."""
+    storage_url: str | None = None
+    """Where files are kept: file:///folder, s3://bucket/prefix, gs://… or az://…, with credentials from the variables
+    of each. None: the folder ``files`` in the state directory. API servers and the orchestrator must share it."""
+    max_file_bytes: int = Field(default=200 * 1024 * 1024, ge=1)
+    """Of an uploaded file."""
+    max_stored_bytes: int = Field(default=10 * 1024**3, ge=1)
+    """Of all files of one tenant; beyond it uploads are refused."""
+    max_batch_lines: int = Field(default=50_000, ge=1)
+    """Requests that a batch may hold."""
+    max_open_batches: int = Field(default=32, ge=1)
+    """Batches of one tenant that have not ended; the next is answered with 429."""
+    batch_window: int = Field(default=512, ge=1)
+    """Jobs that all open batches together keep in the queue: they share it equally."""
+    batch_window_bytes: int = Field(default=64 * 1024 * 1024, ge=1)
+    """The same in bytes of requests, so that large ones do not fill Redis."""
     max_waiting: int = Field(default=2048, ge=1)
     """Waiting jobs a lane of one model may hold; the next is answered with 429."""
     queue_deadline_s: float = Field(default=600.0, gt=0)

@@ -152,7 +152,8 @@ class Sequence:
             self.called |= bool(rest.tool_calls)
         if self.called and (reason == "stop" or parts.over):
             reason = "tool_calls"
-        return self._output(picked, parts, Ended(Usage(len(self.prompt), len(self.ids)), reason))
+        found = self.stop.found if self.stop.found in self.sampling.stop else None  # not one of the model's own
+        return self._output(picked, parts, Ended(Usage(len(self.prompt), len(self.ids)), reason, stop=found))
 
     def _output(self, picked: Picked | None, parts: Parts, ended: Ended | None = None) -> Output:
         ids = () if picked is None else (picked.token,)
