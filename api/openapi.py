@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
+from .anthropic.errors import OVERLOADED, speaks_anthropic
 from .auth import required_scope
 
 ERROR = {
@@ -24,6 +25,23 @@ ERROR = {
         }
     },
 }
+ANTHROPIC_ERROR = {
+    "type": "object",
+    "required": ["type", "error", "request_id"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {
+                "type": {"type": "string"},
+                "message": {"type": "string"},
+                "details": {"type": "object", "properties": {"error_code": {"type": "string"}}},
+            },
+        },
+        "request_id": {"type": ["string", "null"]},
+    },
+}
 ERRORS = {
     400: "The request is not one that can be served: `param` names what is to blame.",
     401: "No key, or one that is unknown, revoked or expired.",
@@ -39,6 +57,7 @@ ERRORS = {
     502: "The server that the model is forwarded to failed.",
     503: "No worker, or no Redis, at the moment; with Retry-After.",
     504: "The job was not done by its deadline.",
+    529: "The queue is full of others' requests; with Retry-After.",
 }
 WITH_A_JOB = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 502, 503, 504)
 WITH_A_KEY = (400, 401, 403, 404, 500, 503)
@@ -70,7 +89,7 @@ def document(app: FastAPI, summary: str, keys: bool) -> dict[str, Any]:
     schemas = components.setdefault("schemas", {})
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
-    schemas["Error"] = ERROR
+    schemas["Error"], schemas["AnthropicError"] = ERROR, ANTHROPIC_ERROR
     if keys:
         components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     for path, operations in found["paths"].items():
@@ -89,8 +108,10 @@ def _complete(path: str, operation: dict[str, Any], schemas: dict[str, Any]) -> 
     responses.pop("422", None)  # FastAPI's own: ours is a 400
     content = operation.get("requestBody", {}).get("content", {})
     statuses = WITH_A_JOB if content else WITH_A_KEY if required_scope(path) is not None else ()
+    error: dict[str, Any] = {"schema": {"$ref": "#/components/schemas/Error"}, "example": ERROR_EXAMPLE}
+    if speaks_anthropic({"type": "http", "path": path, "headers": []}):
+        error, statuses = {"schema": {"$ref": "#/components/schemas/AnthropicError"}}, (*statuses, OVERLOADED)
     for status in statuses:
-        error = {"schema": {"$ref": "#/components/schemas/Error"}, "example": ERROR_EXAMPLE}
         responses.setdefault(str(status), {"description": ERRORS[status], "content": {JSON: error}})
     if JSON in content and path in EXAMPLES:
         content[JSON]["example"] = EXAMPLES[path]

@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 import requests
 import schemathesis
-from fastchat_q.api.openapi import ERROR
+from fastchat_q.api.openapi import ANTHROPIC_ERROR, ERROR
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import APIOperation, Case, GenerationMode
@@ -101,13 +101,14 @@ def check(case: Case, response: Any) -> None:
     media = response.headers.get("content-type", [""])[0].partition(";")[0]
     if status >= 400:
         assert media == "application/json", shown
-        jsonschema.validate(response.json(), ERROR)
+        jsonschema.validate(response.json(), ANTHROPIC_ERROR if case.operation.path in ANTHROPIC else ERROR)
         assert response.json()["error"]["type"] in TYPES, shown
     elif status == 200:
         assert media in case.operation.definition.raw["responses"]["200"]["content"], shown
     assert response.headers["x-request-id"], shown
 
 
+ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
 TYPES = {
     "invalid_request_error",
     "permission_denied",
@@ -115,6 +116,8 @@ TYPES = {
     "insufficient_quota",
     "not_found_error",
     "authentication_error",
+    "permission_error",
+    "request_too_large",
 }
 
 
@@ -129,7 +132,8 @@ def test_the_document_says_what_each_operation_needs_and_answers(served: Stack) 
             assert operation["security"] == [{"bearer": []}], path
             for status in ("401", "403", "500", "503"):
                 content = operation["responses"][status]["content"]["application/json"]
-                assert content["schema"] == {"$ref": "#/components/schemas/Error"}, path
+                kind = "AnthropicError" if path in ANTHROPIC else "Error"
+                assert content["schema"] == {"$ref": f"#/components/schemas/{kind}"}, path
         if "requestBody" in operation:
             assert {"400", "413", "415", "429"} <= operation["responses"].keys(), path
     chats = document["paths"]["/v1/chat/completions"]["post"]
