@@ -54,14 +54,12 @@ async def retrieve_model(model: str, request: Request) -> dict[str, Any]:
     return _info(catalog, found) if speaks_anthropic(request.scope) else found
 
 
-@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", summary="The process is alive")
 async def healthz() -> dict[str, str]:
     """Says nothing of Redis or workers: a restart would not mend those."""
     return {"status": "ok"}
 
 
-@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", summary="Redis is reachable and evicts nothing, and some model is served or loaded on demand")
 async def readyz(request: Request) -> JSONResponse:
     """503 with the reason otherwise."""

@@ -14,7 +14,7 @@ from .fields import JsonObject, Strict, Text, field_error, without_neutral
 from .formats import ResponseFormat, StructuredOutputs
 from .media import Images
 from .messages import ChatMessage
-from .tools import NamedTool, Tool
+from .tools import AllowedTools, NamedTool, Tool
 
 MAX_STOP = 4
 MAX_STOP_LENGTH = 1024
@@ -92,6 +92,13 @@ def _token_biases(value: Any) -> Any:
     return value
 
 
+def _named(choice: str | NamedTool | AllowedTools | None) -> list[str]:
+    """The functions that a choice names."""
+    if isinstance(choice, AllowedTools):
+        return [tool.function.name for tool in choice.allowed_tools.tools]
+    return [choice.function.name] if isinstance(choice, NamedTool) else []
+
+
 class StreamOptions(Strict):
     """Options of a streamed answer."""
 
@@ -120,7 +127,7 @@ class ChatRequest(Strict):
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKEN_ID)
@@ -182,8 +189,9 @@ class ChatRequest(Strict):
     def _check_tool_choice(self) -> None:
         choice = self.tool_choice
         names = [tool.function.name for tool in self.tools or ()]
-        if isinstance(choice, NamedTool) and choice.function.name not in names:
-            raise field_error("tool_choice", "No function of that name is among 'tools'", choice.function.name)
+        for name in _named(choice):
+            if name not in names:
+                raise field_error("tool_choice", "No function of that name is among 'tools'", name)
         if choice == "required" and not names:
             raise field_error("tool_choice", "It is only allowed when 'tools' are specified", choice)
 
@@ -200,7 +208,6 @@ class ChatRequest(Strict):
         Raises:
             InvalidRequestError: an image cannot be taken.
         """
-        choice = self.tool_choice
         return Job(
             id=str(ULID()),
             model=self.model,
@@ -209,11 +216,24 @@ class ChatRequest(Strict):
                 [message.to_message(images, f"messages[{number}]") for number, message in enumerate(self.messages)]
             ),
             sampling=self._sampling(),
-            tools=tuple([tool.to_object() for tool in self.tools or ()]),
-            tool_choice=f"function:{choice.function.name}" if isinstance(choice, NamedTool) else choice or "auto",
+            tools=tuple([tool.to_object() for tool in self._tools()]),
+            tool_choice=self._tool_choice(),
             parallel_tool_calls=self.parallel_tool_calls is not False,
             template_kwargs=self._template_kwargs(),
         )
+
+    def _tools(self) -> list[Tool]:
+        """Those that may be called: the model is not told of others, for nothing else keeps it from calling them."""
+        tools = self.tools or []
+        if isinstance(self.tool_choice, AllowedTools):
+            return [tool for tool in tools if tool.function.name in _named(self.tool_choice)]
+        return tools
+
+    def _tool_choice(self) -> str:
+        choice = self.tool_choice
+        if isinstance(choice, AllowedTools):
+            return choice.allowed_tools.mode
+        return f"function:{choice.function.name}" if isinstance(choice, NamedTool) else choice or "auto"
 
     def _sampling(self) -> Sampling:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

@@ -42,7 +42,7 @@ class JobStreamResponse(EventSourceResponse):
             headers=headers,
             sep="\n",
             ping=PING_S,
-            ping_message_factory=lambda: ping,  # type: ignore[return-value]  # bytes are sent as they are
+            ping_message_factory=lambda: ping,  # type: ignore[arg-type, return-value]  # bytes are sent as they are
             shutdown_grace_period=drain_s,
         )
         self._stream, self._leave = stream, leave

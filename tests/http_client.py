@@ -90,7 +90,8 @@ class Connection:
         size = int(headers.get("content-length", "0"))
         while len(self._buffer) < size:
             self._buffer += self._receive()
-        return Reply(status, headers, self._buffer[:size])
+        body, self._buffer = self._buffer[:size], self._buffer[size:]
+        return Reply(status, headers, body)
 
     def rest(self) -> bytes:
         """What has come behind the head, undecoded."""
