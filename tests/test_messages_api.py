@@ -1,6 +1,8 @@
 """Anthropic's Messages API over the whole path: its official client, real API processes, real Redis, real workers."""
 
 import asyncio
+import base64
+import hashlib
 import json
 import re
 import threading
@@ -355,6 +357,64 @@ def test_what_agents_send_is_accepted(scripted: anthropic.Anthropic) -> None:
     with scripted.beta.messages.stream(**request) as events:
         answer = events.get_final_message()
     assert [block.type for block in answer.content] == ["thinking", "text", "tool_use", "tool_use"]
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def image(content: bytes = PNG + b"rest") -> dict[str, Any]:
+    """An image block."""
+    data = base64.b64encode(content).decode()
+    return {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}
+
+
+def test_images_lie_beside_the_job_and_those_of_results_are_shown_by_the_user(scripted: anthropic.Anthropic) -> None:
+    first, second = PNG + b"first", PNG + b"second"
+    call = {"type": "tool_use", "id": "t1", "name": "look", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "Seen."}, image(second)]}
+    text = {"type": "text", "text": "What is it?"}
+    job = job_of(
+        scripted,
+        messages=asking_for_the_job(
+            {"role": "user", "content": [image(first), text, text]},
+            {"role": "assistant", "content": [call]},
+            {"role": "user", "content": [result, text]},
+            {"role": "assistant", "content": "A cat."},
+        ),
+    )
+    shown_first, shown_second = (
+        {"type": "image", "blob": hashlib.sha256(content).hexdigest()} for content in (first, second)
+    )
+    assert job["messages"][0]["content"] == [shown_first, {"type": "text", "text": "What is it?\n\nWhat is it?"}]
+    assert job["messages"][2] == {"role": "tool", "content": "Seen.", "tool_call_id": "t1"}
+    assert job["messages"][3]["content"] == [shown_second, {"type": "text", "text": "What is it?"}]
+
+
+def test_only_images_may_make_a_body_large(scripted_stack: Stack) -> None:
+    def size_status(block: Any) -> int:
+        return post(
+            scripted_stack.port, {**echo([block, {"type": "text", "text": "x"}]), "model": "embedder"}, path=PATH
+        ).status
+
+    large = "A" * (2 * 1024 * 1024)
+    assert size_status(image(PNG + bytes(2 * 1024 * 1024))) == 400, "it is taken in; that model is none for chats"
+    assert size_status({"type": "text", "text": large}) == 413
+    assert size_status({"type": "tool_result", "tool_use_id": "t", "content": json.dumps({"data": large})}) == 413
+    hidden = {"type": "tool_use", "id": "t", "name": "f", "input": {"data": large}}
+    turns = [{"role": "assistant", "content": [hidden]}, {"role": "user", "content": "x"}]
+    assert post(scripted_stack.port, {**echo(), "messages": turns}, path=PATH).status == 413, (
+        "no image, whatever its name"
+    )
+
+
+@every_way
+def test_a_real_model_names_the_stop_sequence_that_came(tiny_stack: Stack, ask: Ask) -> None:
+    with claude(tiny_stack) as client:
+        hello = [{"role": "user", "content": "Hello!"}]
+        request = {"model": "tiny", "max_tokens": 50, "messages": hello, "extra_body": {"temperature": 0}}
+        answer = ask(client, {**request, "stop_sequences": ["nothing", "help"]})
+        assert shown(answer) == [{"type": "text", "text": "Hello! How can I "}]
+        assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", "help")
 
 
 def test_a_tools_round_trip_with_a_real_model(tiny_stack: Stack) -> None:
