@@ -15,6 +15,9 @@ IMAGE_TOKENS = 1024
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
 
+CONTINUE = "continue_final_message"
+"""In ``template_kwargs``: the answer goes on where the last message, the assistant's, stops."""
+
 Lane = Literal["hi", "lo"]
 Kind = Literal["chat", "embed", "rerank"]
 Role = Literal["system", "user", "assistant", "tool"]

@@ -8,7 +8,7 @@ import orjson
 from pydantic import BeforeValidator, Field, model_validator
 from ulid import ULID
 
-from fastchat_q.jobs import Guide, Job, Message, Sampling
+from fastchat_q.jobs import CONTINUE, Guide, Job, Message, Sampling
 
 from ..fields import JsonObject, Strict, Text, field_error, without_neutral
 from ..media import Images
@@ -19,8 +19,6 @@ MAX_STOP_LENGTH = 1024
 MAX_TOOLS = 1024
 TOOL_NAME = r"^[a-zA-Z0-9_-]{1,128}$"
 MIN_BUDGET = 1024
-CONTINUE = "continue_final_message"
-"""Of a chat template's renderer: the answer goes on where the assistant's last message stops."""
 EFFORT_OF_BUDGET: tuple[tuple[int, str], ...] = ((16384, "high"), (4096, "medium"), (0, "low"))
 """From so many tokens of thinking on it is this effort."""
 

@@ -15,7 +15,7 @@ from anthropic.types import RawContentBlockDeltaEvent, RawContentBlockStartEvent
 
 from fastchat_q.errors import ConfigurationError, InvalidRequestError
 from fastchat_q.events import FinishReason, Piece, ToolCallDelta, Usage
-from fastchat_q.jobs import Feature, Job, Message, Sampling
+from fastchat_q.jobs import CONTINUE, Feature, Job, Message, Sampling
 from fastchat_q.registry import ModelCard
 
 from ..async_engine import Give
@@ -221,7 +221,8 @@ def _output_fields(job: Job) -> dict[str, Any]:
     """Effort, thinking and a schema. ``reasoning_effort`` and ``enable_thinking`` are what chat templates call them."""
     fields: dict[str, Any] = {}
     output: dict[str, Any] = {}
-    effort, thinking = thinking_of(job, WHOSE)
+    kwargs = {name: value for name, value in job.template_kwargs.items() if name != CONTINUE}  # it does so by itself
+    effort, thinking = thinking_of(job.model_copy(update={"template_kwargs": kwargs}), WHOSE)
     if effort not in (None, "none"):
         output["effort"] = "low" if effort == "minimal" else effort
     if thinking is False or effort == "none":

@@ -14,7 +14,7 @@ from openai.types.chat.chat_completion_chunk import Choice, ChoiceDeltaToolCall
 
 from fastchat_q.errors import ConfigurationError, JobFailedError
 from fastchat_q.events import Alternative, FinishReason, Piece, TokenLogprob, ToolCallDelta, Usage
-from fastchat_q.jobs import Feature, Job
+from fastchat_q.jobs import CONTINUE, Feature, Job
 from fastchat_q.registry import ModelCard
 
 from ..async_engine import Give
@@ -77,7 +77,7 @@ class OpenAIEngine(RemoteEngine):
         return trouble_of(error)
 
     def continues(self, job: Job) -> bool:
-        return self.dialect.go_on is not None
+        return self.dialect.go_on is not None and CONTINUE not in job.template_kwargs
 
     def repeats(self, job: Job) -> bool:
         return True  # a job has a seed, and most servers keep to it

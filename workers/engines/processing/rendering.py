@@ -15,14 +15,12 @@ from fastchat_q.workers.families.choice import declared_names
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastchat_q.errors import ContextLengthError, InvalidRequestError
-from fastchat_q.jobs import Job, Message, Sampling
+from fastchat_q.jobs import CONTINUE, Job, Message, Sampling
 
 from .vision import Sight, images
 
 log = structlog.get_logger()
 
-CONTINUE = "continue_final_message"
-"""In ``template_kwargs``: the answer goes on where the last message, the assistant's, stops."""
 PROBE = "fastchat-q"
 RESERVED = {
     *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
