@@ -29,6 +29,14 @@ RedisUrl = Annotated[
 ]
 StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Where data, key and logs are kept.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")]
+BaseUrl = Annotated[
+    str | None,
+    typer.Option("--base-url", help="An API server, as http://host:port/v1. [default: the one that `up` runs]"),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--api-key", help="Others can see it in the list of processes: FASTCHAT_Q_API_KEY is safer."),
+]
 T = TypeVar("T")
 
 
