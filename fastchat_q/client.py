@@ -3,13 +3,15 @@
 For the commands only. Programs use OpenAI's clients, which work unchanged.
 """
 
+import contextlib
 import json
 import os
 import random
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -26,6 +28,11 @@ from .settings import Settings
 CONNECT_S = 5.0
 SILENCE_S = 60.0
 """A stream says something at least every 15 s; one that is silent for so long is dead."""
+RESUME_S = 60.0
+"""A stream that was cut is tried to be continued for so long."""
+RECONNECT_S = 0.5
+RECONNECTING = "reconnecting"
+CHAT = "/v1/chat/completions"
 RETRIES = 2
 MAX_WAIT_S = 30.0
 """A server that asks for more patience than this is not asked again."""
@@ -33,7 +40,11 @@ T = TypeVar("T")
 
 
 class ServerAwayError(FastchatQError):
-    """No server answers, or it hung up in the middle of an answer."""
+    """No server answers."""
+
+
+class HungUpError(ServerAwayError):
+    """The server had the request, and is gone before its answer was whole."""
 
 
 class RefusedError(FastchatQError):
@@ -179,7 +190,7 @@ class Api:
                 "--base-url or FASTCHAT_Q_BASE_URL names another."
             ) from error
         except (httpx2.RequestError, httpx2.StreamError) as error:
-            raise ServerAwayError(f"{self.server.url} hung up ({str(error) or type(error).__name__}).") from error
+            raise HungUpError(f"{self.server.url} hung up ({str(error) or type(error).__name__}).") from error
 
 
 def refused(response: httpx2.Response) -> RefusedError:
@@ -218,6 +229,86 @@ def server_events(chunks: Iterator[bytes]) -> Iterator[ServerEvent]:
         elif not line and data:
             yield ServerEvent(name, "\n".join(data))
             name, data = None, []
+
+
+class StreamedAnswer:
+    """A chat's answer, read to its end though API servers die meanwhile: it goes on behind the last event that came.
+
+    Args:
+        body: of ``POST /v1/chat/completions``.
+    """
+
+    def __init__(self, api: Api, body: Mapping[str, Any]) -> None:
+        self._api, self._body = api, {**body, "stream": True}
+        self._key = uuid.uuid4().hex  # sent twice, the request is still one job
+        self._last_id: str | None = None
+        self.job_id: str | None = None
+
+    def __iter__(self) -> Iterator[ServerEvent]:
+        """All events but the last, ``[DONE]``; a comment ``reconnecting`` while no server answers.
+
+        Raises:
+            RefusedError: the request, or the job, failed.
+            ServerAwayError: there is no server, or none came back within `RESUME_S`.
+        """
+        heard = time.monotonic()
+        sent = False
+        while True:
+            try:
+                with self._open() as response:
+                    sent = True
+                    self.job_id = response.headers.get("x-job-id") or self.job_id
+                    for event in server_events(response.iter_bytes()):
+                        heard = time.monotonic()
+                        self._last_id = event.id or self._last_id
+                        if event.data == "[DONE]":
+                            return
+                        _raise_if_failed(event)
+                        yield event
+                raise HungUpError(f"{self._api.server.url} hung up.")
+            except ServerAwayError as error:
+                sent = sent or isinstance(error, HungUpError)
+                if not sent or time.monotonic() - heard > RESUME_S:
+                    raise
+            yield ServerEvent(None, None, RECONNECTING)
+            time.sleep(RECONNECT_S)
+
+    def cancel(self) -> None:
+        """Ends the job; without a server, its own grace ends it."""
+        if self.job_id is not None:
+            with contextlib.suppress(RefusedError, ServerAwayError):
+                self._api.call("POST", f"/v1/jobs/{self.job_id}/cancel", timeout=CONNECT_S)
+
+    def _open(self) -> AbstractContextManager[httpx2.Response]:
+        patience = httpx2.Timeout(SILENCE_S, connect=CONNECT_S)
+        if self.job_id is None:
+            headers = {"idempotency-key": self._key}
+            return self._api.open("POST", CHAT, json=self._body, headers=headers, timeout=patience)
+        headers = {} if self._last_id is None else {"last-event-id": self._last_id}
+        return self._api.open("GET", f"/v1/jobs/{self.job_id}/events", headers=headers, timeout=patience)
+
+
+def whole_answer(api: Api, body: Mapping[str, Any]) -> Any:
+    """A chat's answer in one piece; asked for again, as the same job, when an API server dies over it."""
+    headers = {"idempotency-key": uuid.uuid4().hex}
+    gone: float | None = None
+    while True:
+        try:
+            return api.post(CHAT, dict(body), headers=headers)
+        except ServerAwayError as error:
+            if gone is None and not isinstance(error, HungUpError):
+                raise
+            gone = gone or time.monotonic()
+            if time.monotonic() - gone > RESUME_S:
+                raise
+        time.sleep(RECONNECT_S)
+
+
+def _raise_if_failed(event: ServerEvent) -> None:
+    """An error in a stream has no status."""
+    if event.data is not None and event.data.startswith('{"error"'):
+        error = json.loads(event.data)["error"]
+        raise RefusedError(500, error if isinstance(error, dict) else {"message": str(error)})
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
