@@ -330,7 +330,7 @@ async def test_no_more_than_the_window_is_in_the_queue(queue_redis: "Redis", fol
 
 async def test_large_lines_take_turns(queue_redis: "Redis", folder: Path, worker_stack: Stack) -> None:
     bench = Bench(queue_redis, folder, batch_window_bytes=100_000)
-    batch_id = await bench.create(jsonl(line(n, "x" * 40_000, model="slow") for n in range(9)))
+    batch_id = await bench.create(jsonl(line(n, "x" * 40_000 + " b", model="slow") for n in range(9)))
     driving, most = asyncio.create_task(bench.drive(batch_id)), 0
     while not driving.done():
         most = max(most, worker_stack.live("slow"))
