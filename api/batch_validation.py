@@ -17,6 +17,8 @@ MAX_ERRORS = 100
 """So many are told; who has more sees the same mistake."""
 YIELD_BYTES = 128 * 1024
 """Others get their turn after so much."""
+PATIENCE_S = 5
+"""Models that nobody knows are waited for: a Redis that lost its data has none until the next heartbeats."""
 LARGE = 256 * 1024
 
 
@@ -29,6 +31,7 @@ class Validation:
         """64-bit hashes of the custom_ids, salted anew in each process."""
         self._models: dict[str, FastchatQError | None] = {}
         self._errors: list[dict[str, Any]] = []
+        self._patience_s = PATIENCE_S
 
     async def run(self) -> Validated:
         """The verdict."""
@@ -82,7 +85,13 @@ class Validation:
             return None
         try:
             await admit(self._catalog, self._batch.manifest.who(), model, "lo")
-        except (ModelNotFoundError, ModelNotAllowedError) as error:
+        except ModelNotFoundError as error:
+            if self._patience_s <= 0:
+                return error
+            self._patience_s -= 1
+            await asyncio.sleep(1)
+            return await self._trouble_with(model)
+        except ModelNotAllowedError as error:
             return error
         except FastchatQError:
             pass
