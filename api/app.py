@@ -7,7 +7,7 @@ from fastapi.openapi.utils import get_openapi
 
 from fastchat_q import __version__
 
-from . import chat, embeddings, jobs, models, problems, rerank
+from . import chat, embeddings, jobs, models, problems, rerank, responses
 from .auth import required_scope
 from .guard import Guard
 from .service import Service
@@ -23,6 +23,7 @@ def create_app(service: Service) -> FastAPI:
         chat.router,
         embeddings.router,
         rerank.router,
+        responses.router,
         jobs.router,
         models.router,
     ):  # include_router would match every request twice: 15 % of its cost

@@ -70,7 +70,7 @@ class Relay:
         )  # first: tokens can be faster than the reply
         try:
             async with asyncio.timeout(SUBMIT_S):
-                await blobs.store(self._redis, job.model, images, terms.deadline_s)
+                await blobs.store(self._redis, job.model, images, terms.images_s)
                 accepted = await self._queue.enqueue(job, terms)
                 if accepted.job_id != job.id:
                     self._close(stream)
@@ -87,10 +87,13 @@ class Relay:
             stream.place = accepted.place or None
         return stream
 
-    async def follow(self, model: str, job_id: str, after: int, tenant: str | None) -> JobStream:
+    async def follow(
+        self, model: str, job_id: str, after: int, tenant: str | None, *, had: int | None = None
+    ) -> JobStream:
         """The stream of a job, behind its first ``after`` tokens; whoever calls this also calls `leave`.
 
         Args:
+            had: events that the reader says it has, if these are not counted in tokens.
             tenant: whose job it must be; None: anybody's.
 
         Raises:
@@ -101,7 +104,7 @@ class Relay:
         stream = self._open(model, job_id, after, None)
         try:
             async with asyncio.timeout(SUBMIT_S):
-                await self._attach(stream, tenant)
+                await self._attach(stream, tenant, had)
         except BaseException:
             self._close(stream)
             raise
@@ -143,9 +146,10 @@ class Relay:
             del self._streams[stream.job_id]
         return True
 
-    async def _attach(self, stream: JobStream, tenant: str | None) -> None:
+    async def _attach(self, stream: JobStream, tenant: str | None, had: int | None = None) -> None:
         """From now on its events come here; those before are in the log."""
-        attached = await self._queue.attach(stream.model, stream.job_id, self._inbox, tenant, stream.start)
+        after = stream.start if had is None else had
+        attached = await self._queue.attach(stream.model, stream.job_id, self._inbox, tenant, after)
         if attached is None:
             raise JobNotFoundError(keys.public_job_id(stream.model, stream.job_id))
         if attached.void:

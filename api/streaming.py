@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from fastchat_q.events import End, Event
 
-from .render import Writer, queue_comment
+from .render import Opening, Writer, queue_comment
 from .stream import JobStream
 
 log = structlog.get_logger()
@@ -63,6 +63,8 @@ def _ping() -> bytes:
 
 async def sse(stream: JobStream, first: list[Event], writer: Writer) -> AsyncIterator[bytes]:
     """The bytes of a stream, from the events that are there already to the end."""
+    if isinstance(writer, Opening):
+        yield writer.opening()
     events = first
     place: int | None = -1
     quiet_s = 0.0

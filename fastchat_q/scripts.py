@@ -26,6 +26,7 @@ TRANSITIONS = (
     "reconcile",
     "revive",
     "drop",
+    "forget",
 )
 STANDALONE = ("limit",)
 """Scripts with KEYS of their own, and no shared code."""
