@@ -2,7 +2,7 @@
 
 import asyncio
 import base64
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
@@ -11,7 +11,7 @@ from fastchat_q import blobs
 from fastchat_q.errors import InvalidRequestError, JobFailedError
 from fastchat_q.images import media_type
 
-from . import answers
+from . import answers, response_request
 from .asking import answer
 from .chat import INLINE_BYTES
 from .following import LastEventId, StartingAfter, event_id, follow
@@ -25,7 +25,8 @@ from .stream import INVALID_EVENT_ID
 
 router = APIRouter(tags=["responses"])
 
-Includes = Annotated[list[str] | None, Query(alias="include[]")]
+Include = Annotated[list[str] | None, Query()]
+Includes = Annotated[list[str] | None, Query(alias="include[]", description="The same, as OpenAI's clients spell it.")]
 CANCELLED = "cancelled by request"
 
 
@@ -58,11 +59,12 @@ async def retrieve_response(
     starting_after: StartingAfter = None,
     last_event_id: LastEventId = None,
     include_obfuscation: bool = False,
-    include: Includes = None,
+    include: Include = None,
+    includes: Includes = None,
 ) -> Response:
     """As far as it is; with `stream` its events, behind the one with the number `starting_after`, on any server."""
     service, tenant = service_of(request), tenant_of(request)
-    _check_include(include)
+    _check_include([*(include or ()), *(includes or ())])
     stored = await load(service, response_id, tenant)
     after = event_id(last_event_id) if starting_after is None else starting_after
     if not stream:
@@ -111,11 +113,12 @@ async def list_input_items(
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
-    include: Includes = None,
+    include: Include = None,
+    includes: Includes = None,
 ) -> Response:
     """What was in the request itself, and not in the conversation before."""
     service = service_of(request)
-    wanted = _check_include(include)
+    wanted = _check_include([*(include or ()), *(includes or ())])
     stored = await load(service, response_id, tenant_of(request))
     items = list(enumerate(stored.inputs))
     urls = await _data_urls(service, stored, stored.inputs) if IMAGE_URLS in wanted else {}
@@ -151,19 +154,19 @@ async def _data_urls(service: Service, stored: Stored, items: list[Item]) -> dic
     }
 
 
-def _check_include(include: list[str] | None) -> list[str]:
+def _check_include(include: list[str]) -> list[str]:
     """What is asked for beside the rest: much of it is there in any case, or is of tools that run on the server.
 
     Raises:
         InvalidRequestError: it is neither.
     """
-    known = ("message.output_text.logprobs", IMAGE_URLS, "reasoning.encrypted_content")
-    for name in include or ():
+    known = get_args(response_request.Include)
+    for name in include:
         if name not in known:
             raise InvalidRequestError(
                 f"Invalid value for 'include': {name[:80]!r} is none of {', '.join(map(repr, known))}.", param="include"
             )
-    return include or []
+    return include
 
 
 def _reply(stored: Stored) -> Response:
