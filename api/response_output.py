@@ -111,6 +111,8 @@ class Output:
     def close(self, status: str) -> list[Said]:
         """Ends what is open; without any item there is an empty message."""
         said = [] if self._items else self._begin("message")
+        if self._open is not None and self._open.kind == "message":
+            self._open.logprobs += map(_logprob, self._silent_logprobs)
         return said + self._end_open(status)
 
     def stop(self) -> None:

@@ -63,6 +63,7 @@ def _ping() -> bytes:
 
 async def sse(stream: JobStream, first: list[Event], writer: Writer) -> AsyncIterator[bytes]:
     """The bytes of a stream, from the events that are there already to the end."""
+    has_ids = isinstance(writer, Opening)
     if isinstance(writer, Opening):
         yield writer.opening()
     events = first
@@ -71,7 +72,8 @@ async def sse(stream: JobStream, first: list[Event], writer: Writer) -> AsyncIte
     while not events:
         if stream.place != place or quiet_s >= COMMENT_S:
             place, quiet_s = stream.place, 0.0
-            yield queue_comment(place, stream.eta_s)
+            comment = queue_comment(place, stream.eta_s)
+            yield comment[:-1] if has_ids else comment  # behind an id an empty line is an event: see _ping
         events = await stream.take(1.0)
         quiet_s += 1.0
     failed = isinstance(events[0], End) and events[0].error() is not None

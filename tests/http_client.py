@@ -92,6 +92,12 @@ class Connection:
             self._buffer += self._receive()
         return Reply(status, headers, self._buffer[:size])
 
+    def peek(self) -> str:
+        """Reads on until some bytes are there that no event was made of yet, and returns them."""
+        if not self._buffer:
+            self._buffer = self._receive()
+        return self._buffer.decode()
+
     def rest(self) -> bytes:
         """What has come behind the head, undecoded."""
         return self._buffer
