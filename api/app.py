@@ -6,7 +6,7 @@ from fastapi import FastAPI
 
 from fastchat_q import __version__
 
-from . import batches, chat, embeddings, files, jobs, models, openapi, problems, rerank
+from . import batches, chat, embeddings, files, jobs, models, openapi, problems, rerank, responses
 from .anthropic import routes as anthropic
 from .cors import Cors
 from .guard import Guard
@@ -23,6 +23,7 @@ def create_app(service: Service) -> FastAPI:
         chat.router,
         embeddings.router,
         rerank.router,
+        responses.router,
         anthropic.router,
         files.router,
         batches.router,
