@@ -7,7 +7,7 @@ from typing import Any
 from fastchat_q.errors import InvalidRequestError
 from fastchat_q.events import End, Event
 
-from . import render, vectors
+from . import counts, render, text_completion, vectors
 from .render import View, Writer
 
 
@@ -19,6 +19,9 @@ class _Functions:
 
 FORMS: Mapping[render.Form, _Functions] = {
     "chat": _Functions(render.completion, render.ChunkWriter),
+    "completion": _Functions(text_completion.completion, text_completion.TextWriter),
+    "tokens": _Functions(counts.tokens),
+    "text": _Functions(counts.text),
     "embeddings": _Functions(vectors.embeddings),
     "rerank": _Functions(vectors.ranking),
 }

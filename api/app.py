@@ -7,7 +7,7 @@ from fastapi.openapi.utils import get_openapi
 
 from fastchat_q import __version__
 
-from . import chat, embeddings, jobs, models, problems, rerank
+from . import chat, completions, embeddings, jobs, models, problems, rerank, tokenize
 from .auth import required_scope
 from .guard import Guard
 from .service import Service
@@ -21,10 +21,12 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     for router in (
         chat.router,
+        completions.router,
         embeddings.router,
         rerank.router,
         jobs.router,
         models.router,
+        tokenize.router,
     ):  # include_router would match every request twice: 15 % of its cost
         app.router.routes.extend(router.routes)
     problems.install(app)

@@ -11,7 +11,7 @@ from fastchat_q.errors import AuthenticationError, FastchatQError, InvalidReques
 from .auth import Authenticator, check_scope, required_scope
 from .problems import error_response
 
-TAKES_IMAGES = ("/v1/chat/completions",)
+TAKES_IMAGES = ("/v1/chat/completions", "/tokenize")
 IMAGE = re.compile(rb'"data:image\\?/[^"]*"')
 """A data URL in JSON: it is left out of the size here. Whether it is an image is seen when it is read."""
 DRAIN_LIMIT = 64 * 1024 * 1024

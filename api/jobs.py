@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response
 
+from fastchat_q import tokens
 from fastchat_q.errors import InvalidRequestError, JobNotFoundError
 from fastchat_q.events import End
 from fastchat_q.keys import parse_public_job_id
@@ -15,6 +16,7 @@ from .render import View, to_json
 from .service import Service, service_of, tenant_of
 from .stream import INVALID_EVENT_ID
 from .streaming import JobStreamResponse, raise_if_failed, sse
+from .text_completion import TextWriter
 
 router = APIRouter(tags=["jobs"])
 
@@ -65,6 +67,9 @@ async def stream_job(
 
     try:
         writer = answers.writer(View.from_json(stream.view), after)
+        if after and isinstance(writer, TextWriter):  # it tells where in the whole text its tokens are
+            had = await tokens.read(service.redis, model, name)
+            writer.skip([delta for delta in had if delta.n <= after])
         first = await stream.take(service.settings.queue_comment_after_s)
         if first and isinstance(first[0], End) and first[0].reason == INVALID_EVENT_ID:
             raise_if_failed(first[0])
