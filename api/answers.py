@@ -8,7 +8,7 @@ from fastchat_q.errors import InvalidRequestError
 from fastchat_q.events import Delta, End, Event
 from fastchat_q.records import JobRecord
 
-from . import render, response_output, vectors
+from . import counts, render, response_output, text_completion, vectors
 from .anthropic import answer as anthropic
 from .render import View, Writer
 from .stream import INVALID_EVENT_ID, EventId
@@ -31,6 +31,9 @@ class _Functions:
 
 FORMS: Mapping[render.Form, _Functions] = {
     "chat": _Functions(render.completion, render.ChunkWriter),
+    "completion": _Functions(text_completion.completion, text_completion.TextWriter, reads_all=True),
+    "tokens": _Functions(counts.tokens),
+    "text": _Functions(counts.text),
     "embeddings": _Functions(vectors.embeddings),
     "message": _Functions(anthropic.message, anthropic.MessageWriter, ping=anthropic.PING, reads_all=True, ids=EventId),
     "rerank": _Functions(vectors.ranking),
