@@ -13,7 +13,7 @@ REDIS ?=
 # Most tests wait for other processes most of the time: one more at a time than there are cores.
 JOBS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 OTHER_SERVERS := redis-7 redis-6.2 cluster
-SERVER_TESTS := $(patsubst %,tests/test_%.py,dead_letters idempotency lanes oncall orchestrator quarantine queue reconcile \
+SERVER_TESTS := $(patsubst %,tests/test_%.py,dead_letters files_api idempotency lanes oncall orchestrator quarantine queue reconcile \
 	recovery resume servers state_machine worker)
 
 .PHONY: help setup setup-dev up test test-servers test-vllm setup-vllm bench-vllm chaos chaos-mutant lint types format bench bench-queue bench-recovery bench-streams wheel clean
