@@ -7,7 +7,7 @@ from typing import Any
 from fastchat_q.errors import InvalidRequestError
 from fastchat_q.events import End, Event
 
-from . import render, vectors
+from . import counts, render, text_completion, vectors
 from .anthropic import answer as anthropic
 from .render import View, Writer
 from .stream import INVALID_EVENT_ID, EventId
@@ -26,8 +26,12 @@ class _Functions:
 
 FORMS: Mapping[render.Form, _Functions] = {
     "chat": _Functions(render.completion, render.ChunkWriter),
+    "completion": _Functions(text_completion.completion, text_completion.TextWriter),
+    "tokens": _Functions(counts.tokens),
+    "text": _Functions(counts.text),
     "embeddings": _Functions(vectors.embeddings),
     "message": _Functions(anthropic.message, anthropic.MessageWriter, anthropic.PING, reads_all=True),
+    "message_tokens": _Functions(anthropic.count),
     "rerank": _Functions(vectors.ranking),
 }
 

@@ -10,12 +10,14 @@ from fastchat_q.errors import InvalidRequestError, JobNotFoundError
 from fastchat_q.events import End
 from fastchat_q.keys import parse_public_job_id
 from fastchat_q.records import read_record
+from fastchat_q.tokens import read as read_log
 
 from . import answers
 from .render import View, to_json
 from .service import Service, service_of, tenant_of
 from .stream import INVALID_EVENT_ID, EventId
 from .streaming import JobStreamResponse, raise_if_failed, sse
+from .text_completion import TextWriter
 
 router = APIRouter(tags=["jobs"])
 
@@ -67,6 +69,9 @@ async def stream_job(
     try:
         view = View.from_json(stream.view)
         writer = answers.writer(view, after)
+        if tokens and isinstance(writer, TextWriter):  # it tells where in the whole text its tokens are
+            had = await read_log(service.redis, model, name)
+            writer.skip([delta for delta in had if delta.n <= tokens])
         first = await stream.take(service.settings.queue_comment_after_s)
         if first and isinstance(first[0], End) and first[0].reason == INVALID_EVENT_ID:
             raise_if_failed(first[0])

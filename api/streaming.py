@@ -71,7 +71,9 @@ async def sse(stream: JobStream, first: list[Event], writer: Writer) -> AsyncIte
         events = await stream.take(1.0)
         quiet_s += 1.0
     failed = isinstance(events[0], End) and events[0].error() is not None
-    yield writer.events(events) if failed else writer.role() + writer.events(events)
+    opening = writer.events(events) if failed else writer.role() + writer.events(events)
+    if opening:
+        yield opening
     while not isinstance(events[-1], End):
         events = await stream.take()
         chunk = writer.events(events)

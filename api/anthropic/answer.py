@@ -9,6 +9,7 @@ from pydantic_core import from_json
 from fastchat_q.errors import InvalidRequestError
 from fastchat_q.events import Delta, End, Event, Result
 
+from ..counts import told
 from ..render import View
 from ..stream import INVALID_EVENT_ID, EventId
 from .blocks import Blocks, Said, collected
@@ -27,6 +28,11 @@ def message(view: View, events: Sequence[Event], end: End) -> dict[str, Any]:
         if block["type"] == "tool_use":
             block["input"] = _input(block["input"])
     return _message(view, end.result) | {"content": content, **_stop(view, end)}
+
+
+def count(view: View, events: Sequence[Event], end: End) -> dict[str, Any]:
+    """The answer of ``POST /v1/messages/count_tokens``."""
+    return {"input_tokens": told(events)[1]["count"]}
 
 
 class MessageWriter:
