@@ -1,4 +1,4 @@
-"""``POST /v1/messages/count_tokens``: how long the prompt of a message is, counted by the worker that would answer it."""
+"""``POST /v1/messages/count_tokens``: how long the prompt of a message is, by the worker that would answer it."""
 
 import asyncio
 from dataclasses import replace
