@@ -19,6 +19,9 @@ OTHER_SERVERS := redis-7 redis-6.2 cluster
 SERVER_TESTS := $(patsubst %,tests/test_%.py,dead_letters idempotency lanes oncall orchestrator quarantine queue reconcile \
 	recovery resume servers state_machine worker)
 
+# Tests of real processes beside others on two cores: in CI, one that failed is run once more, alone, and named as such.
+AGAIN := $(if $(CI),|| { echo "== what failed once more and alone" && $(BIN)/pytest --last-failed --last-failed-no-failures none; })
+
 .PHONY: help setup setup-dev setup-clients up test test-clients test-servers test-vllm setup-vllm bench-vllm chaos chaos-mutant lint types format bench bench-queue bench-recovery bench-streams wheel clean
 
 help: ## list the targets
@@ -36,11 +39,12 @@ up: setup ## run Redis, API, worker and orchestrator: make up ARGS="--port 8123"
 	@exec $(BIN)/fastchat-q up $(ARGS)
 
 test: setup-dev ## all tests, in parallel; REDIS=redis-7: against another server
-	TEST_REDIS=$(REDIS) $(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
+	export TEST_REDIS=$(REDIS); $(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS) $(AGAIN)
 
 test-servers: setup-dev ## what depends on the server, against each of the others (docs/redis-servers.md)
 	for server in $(OTHER_SERVERS); do \
-		echo "== $$server" && TEST_REDIS=$$server $(BIN)/pytest -n $(JOBS) --dist loadfile $(SERVER_TESTS) $(ARGS) || exit 1; \
+		export TEST_REDIS=$$server; echo "== $$server"; \
+		{ $(BIN)/pytest -n $(JOBS) --dist loadfile $(SERVER_TESTS) $(ARGS) $(AGAIN); } || exit 1; \
 	done
 
 test-clients: setup-dev setup-clients ## clients that people have, unmodified, against real workers (docs/clients.md)

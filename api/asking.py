@@ -1,29 +1,25 @@
 """From a parsed request to its answer: admitted, queued as a job, and rendered. The line that all endpoints share."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
 
 import orjson
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import BaseModel
 
 from fastchat_q.abilities import check_can_do
 from fastchat_q.errors import FastchatQError, InvalidRequestError
-from fastchat_q.events import End, Event
+from fastchat_q.events import End
 from fastchat_q.jobs import Job
 from fastchat_q.keys import public_job_id
 from fastchat_q.loops import PreemptedError, unless
 from fastchat_q.queue import KEEP_S, Terms
 from fastchat_q.tenants import Caller
 
-from . import render
+from . import answers, render
 from .admission import admit, resolve
+from .asked import Asked
 from .auth import caller_of
 from .limits import NOTHING, Reservation
-from .media import Images
 from .problems import error_response
 from .service import Service, service_of
 from .streaming import JobStreamResponse, disconnected, raise_if_failed, sse
@@ -33,43 +29,22 @@ MAX_IDEMPOTENCY_KEY = 255
 MODEL_HEADER = "x-fastchat-q-model"
 """The model that the answer is of; the body names what was asked for, which may be an alias."""
 
-Whole = Callable[[render.View, Sequence[Event], End], dict[str, Any]]
-"""Makes the body of an answer that is not streamed."""
 
-
-async def answer(
-    request: Request,
-    body: BaseModel,
-    job: Job,
-    view: render.View,
-    whole: Whole,
-    *,
-    stream: bool = False,
-    detached: bool = False,
-    spelt: Mapping[str, str] = MappingProxyType({}),
-    images: Images | None = None,
-) -> Response:
-    """Queues a job and answers with what a worker makes of it.
-
-    Args:
-        body: as parsed: what an idempotency key stands for.
-        stream: with server-sent events, as they come.
-        detached: the job is done though its client goes.
-        spelt: parameters that have another name in the request than in the job.
-        images: of the job; those that it names by URL are fetched when nothing else can refuse it.
-    """
+async def answer(request: Request, asked: Asked) -> Response:
+    """Queues a job and answers with what a worker makes of it."""
     service, caller = service_of(request), caller_of(request)
-    idempotency = _idempotency(body, request)
+    job, view, images = asked.job, asked.view, asked.images
+    idempotency = _idempotency(asked, request)
     key_digest = idempotency[0] if idempotency else ""
-    asked = job.model
-    model = await resolve(service.catalog, service.queue, caller.tenant, asked, job.id, key_digest)
+    name = job.model
+    model = await resolve(service.catalog, service.queue, caller.tenant, name, job.id, key_digest)
     job = job.model_copy(update={"model": model})
     known = idempotency is not None and await service.queue.is_known(job.model, caller.tenant, idempotency[0])
     if not known:  # an answer that is there needs no worker
-        card = await admit(service.catalog, caller, job.model, job.lane, asked=asked)
+        card = await admit(service.catalog, caller, job.model, job.lane, asked=name)
         if card is not None:
-            check_can_do(card, job, spelt)
-    terms = _terms(service, caller, job, view, idempotency, detached=detached)
+            check_can_do(card, job, asked.spelt)
+    terms = _terms(service, caller, job, view, idempotency, detached=asked.detached)
     reservation = Reservation(caller) if known else await service.limits.reserve(caller, job)
     try:
         if images is not None and service.fetcher is not None and not known:
@@ -86,24 +61,24 @@ async def answer(
         service.relay.leave(events, grace_s)
         service.limits.settle(reservation, NOTHING if events.view else events.usage)  # an earlier job has paid
 
-    grace_s = service.settings.disconnect_grace_s if stream or terms.idempotency else 0.0
+    grace_s = service.settings.disconnect_grace_s if asked.stream or terms.idempotency else 0.0
     handed_over = False
     try:
-        if not stream:
+        if not asked.stream:
             received, end = await unless(disconnected(request), events.collect())
             raise_if_failed(end)
-            return Response(render.to_json(whole(view, received, end)), 200, headers, "application/json")
+            return Response(render.to_json(answers.whole(view, received, end)), 200, headers, "application/json")
         first = await unless(disconnected(request), events.take(service.settings.queue_comment_after_s))
         if first and isinstance(first[-1], End):
             raise_if_failed(first[-1])  # still a status of its own: no byte is out
-        chunks = sse(events, first, render.ChunkWriter(view))
-        response = JobStreamResponse(events, leave, chunks, headers, service.settings.drain_s)
+        chunks = sse(events, first, answers.writer(view))
+        response = JobStreamResponse(events, leave, chunks, headers, service.settings.drain_s, answers.ping(view))
         handed_over = True
         return response
     except PreemptedError:  # the client is gone: nobody is left to answer
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     except FastchatQError as error:
-        return error_response(error, headers)
+        return error_response(error, request.scope, headers)
     finally:
         if not handed_over:
             leave()
@@ -135,7 +110,7 @@ def _terms(
     )
 
 
-def _idempotency(body: BaseModel, request: Request) -> tuple[str, str] | None:
+def _idempotency(asked: Asked, request: Request) -> tuple[str, str] | None:
     """Digests of the client's key and of what the request asks for, in whatever order its fields came."""
     key = request.headers.get("idempotency-key")
     if key is None:
@@ -145,5 +120,6 @@ def _idempotency(body: BaseModel, request: Request) -> tuple[str, str] | None:
             f"The header Idempotency-Key has {len(key)} characters; it needs 1 to {MAX_IDEMPOTENCY_KEY}.",
             code="invalid_idempotency_key",
         )
-    canonical = orjson.dumps(body.model_dump(mode="json", exclude_unset=True), option=orjson.OPT_SORT_KEYS)
+    body = asked.body.model_dump(mode="json", exclude_unset=True)
+    canonical = orjson.dumps([asked.view.form, body], option=orjson.OPT_SORT_KEYS)  # one body may do for two endpoints
     return hashlib.sha256(key.encode()).hexdigest(), hashlib.sha256(canonical).hexdigest()

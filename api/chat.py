@@ -6,10 +6,13 @@ import time
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from fastchat_q.settings import Settings
+
+from .asked import Asked
 from .asking import answer
 from .guard import check_rest
 from .media import Images
-from .render import View, completion
+from .render import View
 from .schemas import ChatRequest
 from .service import service_of
 
@@ -28,17 +31,31 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     """Queues the request as a job and answers with what a worker makes of it."""
     settings = service_of(request).settings
     size = len(await request.body())
+    found = (
+        asked(body, settings, size) if size <= INLINE_BYTES else await asyncio.to_thread(asked, body, settings, size)
+    )
+    return await answer(request, found)
+
+
+def asked(body: ChatRequest, settings: Settings, size: int) -> Asked:
+    """What the request asks for.
+
+    Args:
+        size: of the request's body, in bytes.
+
+    Raises:
+        InvalidRequestError: an image cannot be taken.
+        RequestTooLargeError: the body is too large without its images.
+    """
     images = Images(settings.max_images, settings.max_image_bytes, remote=settings.allow_remote_images)
-    job = body.to_job(images) if size <= INLINE_BYTES else await asyncio.to_thread(body.to_job, images)
+    job = body.to_job(images)
     check_rest(size, images.url_bytes, settings.max_body_bytes)
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     view = View(job.id, job.model, int(time.time()), job.lane, include_usage, n=job.sampling.n)
-    return await answer(
-        request,
+    return Asked(
         body,
         job,
         view,
-        completion,
         stream=bool(body.stream),
         detached=body.on_disconnect == "continue",
         spelt=body.spelt(),

@@ -2,9 +2,7 @@
 
 import re
 import time
-from collections.abc import Sequence
-from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -12,20 +10,25 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 from ulid import ULID
 
-from fastchat_q.events import End, Event
 from fastchat_q.jobs import Job, Lane
+from fastchat_q.settings import Settings
 
+from .asked import Asked
 from .asking import answer
 from .fields import Strict, Text
 from .render import View
-from .schemas import LANES, MAX_TOKEN_ID
+from .schemas import LANES, MAX_TOKEN_ID, TokenId
 from .service import service_of
-from .vectors import check_count, floats, prompt_usage, vectors
+from .vectors import check_count
 
 router = APIRouter(tags=["embeddings"])
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 Inputs = tuple[str | tuple[int, ...], ...]
+T = TypeVar("T")
+Some = Annotated[list[T], Field(min_length=1)]
+SomeText = Annotated[str, Field(min_length=1)]
+SomeIds = Some[TokenId]
 
 
 def _inputs(value: Any) -> Inputs:
@@ -64,7 +67,7 @@ class EmbeddingRequest(Strict):
     model: str = Field(min_length=1, max_length=256)
     input: Annotated[
         Inputs,
-        BeforeValidator(_inputs, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+        BeforeValidator(_inputs, json_schema_input_type=SomeText | Some[SomeText] | SomeIds | Some[SomeIds]),
     ]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(default=None, ge=1, lt=2**31)
@@ -88,17 +91,17 @@ class EmbeddingRequest(Strict):
 )
 async def create_embeddings(body: EmbeddingRequest, request: Request) -> Response:
     """Queues all inputs as one job and answers with their vectors."""
-    check_count(len(body.input), "input", service_of(request).settings)
+    return await answer(request, asked(body, service_of(request).settings))
+
+
+def asked(body: EmbeddingRequest, settings: Settings) -> Asked:
+    """What the request asks for.
+
+    Raises:
+        InvalidRequestError: it has more inputs than the server takes.
+    """
+    check_count(len(body.input), "input", settings)
     job = body.to_job()
-    view = View(job.id, job.model, int(time.time()), job.lane, kind=job.kind, n=len(job.inputs))
-    return await answer(request, body, job, view, partial(_embeddings, body.encoding_format == "base64"))
-
-
-def _embeddings(as_base64: bool, view: View, events: Sequence[Event], end: End) -> dict[str, Any]:
-    """OpenAI's list object."""
-    found = vectors(view.n, events)
-    data = [
-        {"object": "embedding", "index": index, "embedding": vector if as_base64 else floats(vector)}
-        for index, vector in enumerate(found)
-    ]
-    return {"object": "list", "data": data, "model": view.model, "usage": prompt_usage(end)}
+    extra = {"base64": True} if body.encoding_format == "base64" else {}
+    view = View(job.id, job.model, int(time.time()), job.lane, form="embeddings", n=len(job.inputs), extra=extra)
+    return Asked(body, job, view)

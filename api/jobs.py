@@ -1,5 +1,6 @@
 """``/v1/jobs``: look at a job, go on reading it, cancel it. Extensions: OpenAI's API has no such thing for a chat."""
 
+import re
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
@@ -10,20 +11,19 @@ from fastchat_q.events import End
 from fastchat_q.keys import parse_public_job_id
 from fastchat_q.records import read_record
 
-from .render import ChunkWriter, View, to_json
+from . import answers
+from .render import View, to_json
 from .service import Service, service_of, tenant_of
-from .stream import INVALID_EVENT_ID
+from .stream import INVALID_EVENT_ID, EventId
 from .streaming import JobStreamResponse, raise_if_failed, sse
 
 router = APIRouter(tags=["jobs"])
 
 CANCELLED = "cancelled by request"
 LastEventId = Annotated[str | None, Header(description="The id of the last event that came.")]
-StartingAfter = Annotated[
-    int | None, Query(ge=0, lt=2**31, description="The same as Last-Event-ID, for clients without it.")
-]
-MAX_EVENT_ID_DIGITS = 9
-"""No job has so many tokens; a greater number would be no id that Redis can look for."""
+StartingAfter = Annotated[str | None, Query(description="The same as Last-Event-ID, for clients without it.")]
+EVENT_ID = re.compile(r"(\d{1,9})(?:\.(\d{1,9}))?", re.ASCII)
+"""No job has more tokens; a greater number would be no id that Redis can look for."""
 
 
 @router.get("/v1/jobs/{job_id}", summary="Retrieve a job")
@@ -56,24 +56,25 @@ async def stream_job(
     """
     service = service_of(request)
     model, name = _parse(job_id)
-    after = _event_id(last_event_id) if starting_after is None else starting_after
-    stream = await service.relay.follow(model, name, after or 0, tenant_of(request))
+    after = _event_id(last_event_id if starting_after is None else starting_after)
+    whole = isinstance(after, EventId)
+    tokens = after.n if isinstance(after, EventId) else after or 0
+    stream = await service.relay.follow(model, name, tokens, tenant_of(request), whole=whole)
 
     def leave() -> None:
         service.relay.leave(stream, service.settings.disconnect_grace_s)
 
     try:
         view = View.from_json(stream.view)
-        if view.kind != "chat":
-            raise InvalidRequestError("Only chats have events. Send the request again with its Idempotency-Key.")
+        writer = answers.writer(view, after)
         first = await stream.take(service.settings.queue_comment_after_s)
         if first and isinstance(first[0], End) and first[0].reason == INVALID_EVENT_ID:
             raise_if_failed(first[0])
     except BaseException:
         leave()
         raise
-    chunks = sse(stream, first, ChunkWriter(view, after))
-    return JobStreamResponse(stream, leave, chunks, {"x-job-id": job_id}, service.settings.drain_s)
+    chunks = sse(stream, first, writer)
+    return JobStreamResponse(stream, leave, chunks, {"x-job-id": job_id}, service.settings.drain_s, answers.ping(view))
 
 
 async def _job(service: Service, public_id: str, tenant: str | None) -> dict[str, Any]:
@@ -95,13 +96,15 @@ def _parse(public_id: str) -> tuple[str, str]:
     return parsed
 
 
-def _event_id(header: str | None) -> int | None:
-    if header is None:
+def _event_id(given: str | None) -> int | EventId | None:
+    if given is None:
         return None
-    if not header.isdecimal() or len(header) > MAX_EVENT_ID_DIGITS:
+    found = EVENT_ID.fullmatch(given)
+    if found is None:
         raise InvalidRequestError(
-            f"The header Last-Event-ID is {header[:80]!r}; event ids are whole numbers of at the most "
-            f"{MAX_EVENT_ID_DIGITS} digits.",
+            f"The id of the last event is {given[:80]!r}; event ids are whole numbers of at the most 9 digits, or two "
+            "of them with a point between.",
             code=INVALID_EVENT_ID,
         )
-    return int(header)
+    n, m = found.groups()
+    return int(n) if m is None else EventId(int(n), int(m))

@@ -4,18 +4,20 @@ That is for plain tokens; what is more (choices, tool calls, reasoning, log prob
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, Self
 
 import orjson
 
 from fastchat_q.events import Delta, End, Event, Piece, Result, merged
-from fastchat_q.jobs import Kind, Lane
+from fastchat_q.jobs import Lane
 from fastchat_q.versions import known_fields
 
 from . import parts
 
 SERVICE_TIERS: dict[Lane, str] = {"hi": "default", "lo": "flex"}
+Form = Literal["chat", "embeddings", "message", "rerank"]
+"""How an answer looks; ``answers`` has the functions of each."""
 ENDING_IDS = 3
 """Ids behind that of the last token: finish reason, usage, [DONE]."""
 
@@ -35,9 +37,11 @@ class View:
     """Unix seconds."""
     lane: Lane
     include_usage: bool = False
-    kind: Kind = "chat"
+    form: Form = "chat"
     n: int = 1
-    """How many choices there are."""
+    """How many choices there are; of embeddings: how many inputs."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What its form needs beside the rest; JSON."""
 
     def to_json(self) -> str:
         """JSON for the job record."""
@@ -83,6 +87,16 @@ def _choice(index: int, piece: Piece, result: Result | None) -> dict[str, Any]:
 def usage(result: Result | None) -> dict[str, int] | None:
     """The ``usage`` object of a job that has ended."""
     return result.usage.to_dict() if result and result.usage else None
+
+
+class Writer(Protocol):
+    """Writes the server-sent events of one stream, in the form of its answer."""
+
+    def role(self) -> bytes:
+        """What comes before the first token."""
+
+    def events(self, events: Sequence[Event]) -> bytes:
+        """What some events make; the last one may be the end."""
 
 
 class ChunkWriter:

@@ -1,8 +1,6 @@
 """``POST /v1/rerank``, in the shape that Jina, Cohere and vLLM share: documents in the order of their relevance."""
 
 import time
-from collections.abc import Sequence
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -10,14 +8,15 @@ from fastapi.responses import Response
 from pydantic import BeforeValidator, Field
 from ulid import ULID
 
-from fastchat_q.events import End, Event
 from fastchat_q.jobs import Job
+from fastchat_q.settings import Settings
 
+from .asked import Asked
 from .asking import answer
 from .fields import Strict, Text
 from .render import View
 from .service import service_of
-from .vectors import check_count, floats, prompt_usage, vectors
+from .vectors import check_count
 
 router = APIRouter(tags=["rerank"])
 
@@ -50,18 +49,17 @@ class RerankRequest(Strict):
 )
 async def create_rerank(body: RerankRequest, request: Request) -> Response:
     """Queues all documents as one job and answers with their order."""
-    check_count(len(body.documents), "documents", service_of(request).settings)
+    return await answer(request, asked(body, service_of(request).settings))
+
+
+def asked(body: RerankRequest, settings: Settings) -> Asked:
+    """What the request asks for.
+
+    Raises:
+        InvalidRequestError: it has more documents than the server takes.
+    """
+    check_count(len(body.documents), "documents", settings)
     job = body.to_job()
-    view = View(job.id, job.model, int(time.time()), job.lane, kind=job.kind, n=len(job.inputs))
-    return await answer(request, body, job, view, partial(_ranking, body))
-
-
-def _ranking(body: RerankRequest, view: View, events: Sequence[Event], end: End) -> dict[str, Any]:
-    scores = [floats(vector)[0] for vector in vectors(view.n, events)]
-    order = sorted(range(view.n), key=lambda index: -scores[index])[: body.top_n or None]
-    results = [
-        {"index": index, "relevance_score": scores[index]}
-        | ({"document": {"text": body.documents[index]}} if body.return_documents else {})
-        for index in order
-    ]
-    return {"id": f"rerank-{view.job_id}", "model": view.model, "results": results, "usage": prompt_usage(end)}
+    extra: dict[str, Any] = {"top_n": body.top_n} | ({"documents": body.documents} if body.return_documents else {})
+    view = View(job.id, job.model, int(time.time()), job.lane, form="rerank", n=len(job.inputs), extra=extra)
+    return Asked(body, job, view)

@@ -20,6 +20,7 @@ MAX_STOP = 4
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKENS = 256
 MAX_TOOLS = 128
+MAX_METADATA = 16
 MAX_TOKEN_ID = 2**31 - 1
 LANES: dict[str | None, Lane] = {"flex": "lo"}
 TEMPLATE_OWN = frozenset(
@@ -33,6 +34,7 @@ TEMPLATE_OWN = frozenset(
 
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (None, True),
+    "add_special_tokens": (None, False),
     "allowed_token_ids": (None,),
     "audio": (None,),
     "bad_words": (None, []),
@@ -44,9 +46,11 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": (None, "none", "auto"),
     "functions": (None, []),
     "guided_choice": (None,),
+    "guided_decoding_backend": (None,),
     "guided_grammar": (None,),
     "guided_json": (None,),
     "guided_regex": (None,),
+    "guided_whitespace_pattern": (None,),
     "include_reasoning": (None, True),
     "include_stop_str_in_output": (None, False),
     "length_penalty": (None, 1),
@@ -55,12 +59,14 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (None,),
     "priority": (None, 0),
     "prompt_logprobs": (None,),
+    "return_token_ids": (None, False),
+    "return_tokens_as_token_ids": (None, False),
     "skip_special_tokens": (None, True),
     "spaces_between_special_tokens": (None, True),
     "store": (None, False),
     "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
-    "verbosity": (None,),
+    "verbosity": (None, "medium"),
     "web_search_options": (None,),
 }
 """Parameters of OpenAI and vLLM that this version does not implement, and the values that ask for nothing."""
@@ -68,12 +74,15 @@ INSTEAD = {
     "function_call": "tool_choice",
     "functions": "tools",
     "guided_choice": "structured_outputs",
+    "guided_decoding_backend": "structured_outputs",
     "guided_grammar": "structured_outputs",
     "guided_json": "structured_outputs",
     "guided_regex": "structured_outputs",
 }
 
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+MetadataKey = Annotated[Text, Field(max_length=64)]
+MetadataValue = Annotated[Text, Field(max_length=512)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 
 
@@ -103,7 +112,8 @@ class StreamOptions(Strict):
     """Options of a streamed answer."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
+    """Nothing is added to hide the lengths of tokens: who asks for it is refused."""
 
 
 class ChatRequest(Strict):
@@ -156,7 +166,7 @@ class ChatRequest(Strict):
     prompt_cache_key: Text | None = None
     prompt_cache_retention: Text | None = None
     prompt_cache_options: JsonObject | None = None
-    metadata: dict[Text, Text] | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] | None = None
 
     @model_validator(mode="before")
     @classmethod

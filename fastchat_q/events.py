@@ -177,17 +177,25 @@ class Result:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: dict[str, Any] | None = None
+    stop: str | None = None
+    """The stop string of the request that ended the answer; None: none did, or its engine does not tell which."""
 
     def to_json(self) -> bytes:
         """JSON without nulls."""
-        fields = {"finish_reason": self.finish_reason, "usage": self.usage, "error": self.error}
+        fields = {
+            "finish_reason": self.finish_reason,
+            "usage": self.usage,
+            "error": self.error,
+            "stop": self.stop,
+        }
         return orjson.dumps({name: value for name, value in fields.items() if value is not None})
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Result":
         """The inverse of `to_json`, from the decoded object."""
         usage = raw.get("usage")
-        return cls(raw.get("finish_reason"), Usage(**known_fields(Usage, usage)) if usage else None, raw.get("error"))
+        counts = Usage(**known_fields(Usage, usage)) if usage else None
+        return cls(raw.get("finish_reason"), counts, raw.get("error"), raw.get("stop"))
 
     @classmethod
     def from_error(cls, error: FastchatQError) -> "Result":

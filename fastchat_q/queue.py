@@ -9,7 +9,7 @@ from typing import Any, Literal
 from redis.asyncio import Redis
 
 from . import keys, scripts
-from .errors import IdempotencyConflictError, QueueDrainingError, QueueFullError
+from .errors import FastchatQError, IdempotencyConflictError, QueueDrainingError, QueueFullError
 from .events import Result
 from .jobs import Job
 
@@ -173,41 +173,35 @@ class Queue:
             QueueDrainingError: the queue takes nothing at the moment; nothing was stored.
             IdempotencyConflictError: the idempotency key belongs to another request.
         """
-        key_digest, body_digest = terms.idempotency or ("", "")
+        key_digest, _ = terms.idempotency or ("", "")
         is_new_key = bool(key_digest) and await self._reserve_key(job, terms, key_digest)
-        args: tuple[scripts.Arg, ...] = (
-            job.id,
-            job.lane,
-            ("* " if terms.detached else "") + terms.inbox,
-            job.to_spec(),
-            terms.max_waiting,
-            _ms(terms.queue_deadline_s),
-            _ms(terms.deadline_s),
-            MAX_DEATHS,
-            terms.tenant,
-            str(terms.weight),
-            job.cost,
-            terms.max_queued,
-            terms.max_parallel,
-            _ms(terms.keep_s),
-            terms.view,
-            f"{terms.tenant}:{key_digest}" if key_digest else "",
-            body_digest,
-            terms.slots,
-            *(part for entry in had for part in entry),
-        )
-        verdict, *details = await self._call("enqueue", job.model, args)
-        if verdict == b"new":
-            return Accepted(job.id, details[0])
-        if verdict == b"dup":
-            return Accepted(details[0].decode(), 0)
-        if verdict == b"conflict":
-            raise IdempotencyConflictError
-        if is_new_key:
-            await self._redis.delete(keys.idempotent_model(terms.tenant, key_digest))
-        if verdict == b"draining":
-            raise QueueDrainingError(f"The queue of model {job.model!r} is being drained and takes nothing new.")
-        raise _full(job, terms, *details)
+        reply = await self._call("enqueue", job.model, _enqueue_args(job, terms, had))
+        try:
+            return _accepted(job, terms, reply)
+        except (QueueFullError, QueueDrainingError):
+            if is_new_key:
+                await self._redis.delete(keys.idempotent_model(terms.tenant, key_digest))
+            raise
+
+    async def enqueue_many(self, jobs: Sequence[tuple[Job, Terms]]) -> list[Accepted | FastchatQError]:
+        """`enqueue` of many in one round trip; without idempotency keys. What is refused stands as its error.
+
+        Raises:
+            redis.RedisError: the server is away or refuses; some may have been accepted.
+        """
+        calls = [
+            scripts.Call("enqueue", keys.model_keys(job.model).script_keys, _enqueue_args(job, terms))
+            for job, terms in jobs
+        ]
+        outcomes: list[Accepted | FastchatQError] = []
+        for (job, terms), reply in zip(jobs, await scripts.call_many(self._redis, calls), strict=True):
+            if isinstance(reply, Exception):
+                raise reply
+            try:
+                outcomes.append(_accepted(job, terms, reply))
+            except (QueueFullError, QueueDrainingError) as error:
+                outcomes.append(error)
+        return outcomes
 
     async def claim(
         self,
@@ -360,6 +354,50 @@ class Queue:
         return await scripts.call(self._redis, name, keys.model_keys(model).script_keys, args)
 
 
+def _enqueue_args(job: Job, terms: Terms, had: Sequence[LogEntry] = ()) -> tuple[scripts.Arg, ...]:
+    key_digest, body_digest = terms.idempotency or ("", "")
+    return (
+        job.id,
+        job.lane,
+        ("* " if terms.detached else "") + terms.inbox,
+        job.to_spec(),
+        terms.max_waiting,
+        _ms(terms.queue_deadline_s),
+        _ms(terms.deadline_s),
+        MAX_DEATHS,
+        terms.tenant,
+        str(terms.weight),
+        job.cost,
+        terms.max_queued,
+        terms.max_parallel,
+        _ms(terms.keep_s),
+        terms.view,
+        f"{terms.tenant}:{key_digest}" if key_digest else "",
+        body_digest,
+        terms.slots,
+        *(part for entry in had for part in entry),
+    )
+
+
+def _accepted(job: Job, terms: Terms, reply: Any) -> Accepted:
+    verdict, *details = reply
+    if verdict == b"new":
+        return Accepted(job.id, details[0])
+    if verdict == b"dup":
+        return Accepted(details[0].decode(), 0)
+    if verdict == b"conflict":
+        raise IdempotencyConflictError
+    if verdict == b"draining":
+        raise QueueDrainingError(f"The queue of model {job.model!r} is being drained and takes nothing new.")
+    raise _full(job, terms, *details)
+
+
+def cancel_call(model: str, job_id: str, reason: str) -> scripts.Call:
+    """The CANCEL of one job, whoever waits for it."""
+    args = (job_id, reason, keys.WORKER_CHANNEL_PREFIX, "", "", "", 0)
+    return scripts.Call("cancel", keys.model_keys(model).script_keys, args)
+
+
 def finish_call(model: str, finish: Finish) -> scripts.Call:
     """The FINISH of one claim, to be sent behind the EMIT of its last tokens, in the same round trip."""
     usage = finish.result.usage
@@ -413,7 +451,7 @@ def _full(job: Job, terms: Terms, what: bytes, waiting: int, service_ms: int) ->
             f"The queue of model {job.model!r} is full: {waiting} jobs wait, the limit is {terms.max_waiting}. "
             "Retry later"
         )
-    return QueueFullError(message, wait_s)
+    return QueueFullError(message, wait_s, own=what == b"tenant")
 
 
 def _claim(job_id: bytes, fence: bytes, attempt: int, n: int, lane: bytes, retries: int, spec: bytes) -> Claim:

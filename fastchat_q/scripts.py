@@ -27,7 +27,7 @@ TRANSITIONS = (
     "revive",
     "drop",
 )
-STANDALONE = ("limit",)
+STANDALONE = ("limit", "file_add", "file_remove", "batch_put")
 """Scripts with KEYS of their own, and no shared code."""
 NAMES = (*TOKEN_PATH, *TRANSITIONS, *STANDALONE)
 

@@ -1,0 +1,65 @@
+"""How the answer of each form looks, whole and streamed: from a job's view and events alone, whenever they are read."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastchat_q.errors import InvalidRequestError
+from fastchat_q.events import End, Event
+
+from . import render, vectors
+from .anthropic import answer as anthropic
+from .render import View, Writer
+from .stream import INVALID_EVENT_ID, EventId
+from .streaming import PING
+
+
+@dataclass(frozen=True, slots=True)
+class _Functions:
+    whole: Callable[[View, Sequence[Event], End], dict[str, Any]]
+    writer: Callable[[View, Any], Writer] | None = None
+    ping: bytes = PING
+    """What tells a client of a silent stream that its server is there."""
+    reads_all: bool = False
+    """Its writer is fed from the first entry on, whatever its client has; events have an `EventId`."""
+
+
+FORMS: Mapping[render.Form, _Functions] = {
+    "chat": _Functions(render.completion, render.ChunkWriter),
+    "embeddings": _Functions(vectors.embeddings),
+    "message": _Functions(anthropic.message, anthropic.MessageWriter, anthropic.PING, reads_all=True),
+    "rerank": _Functions(vectors.ranking),
+}
+
+
+def whole(view: View, events: Sequence[Event], end: End) -> dict[str, Any]:
+    """The body of the answer of a job that succeeded."""
+    return FORMS[view.form].whole(view, events, end)
+
+
+def ping(view: View) -> bytes:
+    """What goes out between two events of a stream that is silent."""
+    return FORMS[view.form].ping
+
+
+def writer(view: View, after: int | EventId | None = None) -> Writer:
+    """Writes the answer as it comes.
+
+    Args:
+        after: the id of the last event that the client has; None: it has none yet.
+
+    Raises:
+        InvalidRequestError: an answer of this form comes whole, or its events have other ids.
+    """
+    form = FORMS[view.form]
+    if form.writer is None:
+        raise InvalidRequestError(
+            f"A job of this form ({view.form}) has no events. Send the request again with its Idempotency-Key."
+        )
+    if after is not None and isinstance(after, EventId) != form.reads_all:
+        raise InvalidRequestError(
+            "There is no going on behind this event id: no event of this job can have had it. Read the job from its "
+            "beginning, without Last-Event-ID.",
+            code=INVALID_EVENT_ID,
+        )
+    return form.writer(view, after)

@@ -1,0 +1,29 @@
+"""A parsed request as the line of all endpoints takes it: the job, and how its answer is to look."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pydantic import BaseModel
+
+from fastchat_q.jobs import Job
+
+from .media import Images
+from .render import View
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What one request asks for."""
+
+    body: BaseModel
+    """As parsed: what an idempotency key stands for."""
+    job: Job
+    view: View
+    stream: bool = False
+    """With server-sent events, as they come."""
+    detached: bool = False
+    """The job is done though its client goes."""
+    spelt: Mapping[str, str] = field(default_factory=dict)
+    """Parameters that have another name in the request than in the job."""
+    images: Images | None = None
+    """Of the job; those that it names by URL are fetched when nothing else can refuse it."""

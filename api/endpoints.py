@@ -1,0 +1,42 @@
+"""The endpoints whose requests are jobs, as a table: for requests that come otherwise than by HTTP, as in batches."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from fastchat_q.settings import Settings
+
+from . import chat, embeddings
+from .asked import Asked
+from .embeddings import EmbeddingRequest
+from .problems import invalid_request, most_specific
+from .schemas import ChatRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One of them."""
+
+    body: type[BaseModel]
+    asked: Callable[[Any, Settings, int], Asked]
+    """From a parsed body, the settings and the bytes of the body."""
+
+    def parse(self, body: Any, settings: Settings, size: int) -> Asked:
+        """What a decoded body asks for.
+
+        Raises:
+            InvalidRequestError: as over HTTP.
+        """
+        try:
+            parsed = self.body.model_validate(body)
+        except ValidationError as error:
+            raise invalid_request(most_specific(error.errors())) from None
+        return self.asked(parsed, settings, size)
+
+
+ENDPOINTS: Mapping[str, Endpoint] = {
+    "/v1/chat/completions": Endpoint(ChatRequest, chat.asked),
+    "/v1/embeddings": Endpoint(EmbeddingRequest, lambda body, settings, size: embeddings.asked(body, settings)),
+}
