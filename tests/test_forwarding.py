@@ -55,7 +55,7 @@ def test_an_answer_is_the_upstreams_to_the_letter_streamed_and_whole(stack: Stac
 
 
 def test_our_own_messages_api_and_the_forwarder_to_such_an_api_are_two_halves(stack: Stack, upstream: Stack) -> None:
-    """A chat here becomes a message there: through the queue of this side, Anthropic's client, and the queue of that."""
+    """A chat here becomes a message there: through one queue, Anthropic's client, and the other queue."""
     upstream.start_worker("--model", "tiny", "--threads", "1")
     arguments = ("--engine", "anthropic", "--base-url", upstream.base, "--api-key-env", "UPSTREAM_KEY")
     stack.start_worker("--model", "tiny", *arguments, "--name", "far", UPSTREAM_KEY=API_KEY)
