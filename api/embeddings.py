@@ -2,7 +2,7 @@
 
 import re
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -17,7 +17,7 @@ from .asked import Asked
 from .asking import answer
 from .fields import Strict, Text
 from .render import View
-from .schemas import LANES, MAX_TOKEN_ID
+from .schemas import LANES, MAX_TOKEN_ID, TokenId
 from .service import service_of
 from .vectors import check_count
 
@@ -25,6 +25,10 @@ router = APIRouter(tags=["embeddings"])
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 Inputs = tuple[str | tuple[int, ...], ...]
+T = TypeVar("T")
+Some = Annotated[list[T], Field(min_length=1)]
+SomeText = Annotated[str, Field(min_length=1)]
+SomeIds = Some[TokenId]
 
 
 def _inputs(value: Any) -> Inputs:
@@ -63,7 +67,7 @@ class EmbeddingRequest(Strict):
     model: str = Field(min_length=1, max_length=256)
     input: Annotated[
         Inputs,
-        BeforeValidator(_inputs, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+        BeforeValidator(_inputs, json_schema_input_type=SomeText | Some[SomeText] | SomeIds | Some[SomeIds]),
     ]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(default=None, ge=1, lt=2**31)

@@ -8,10 +8,11 @@ from pydantic import BaseModel, ValidationError
 
 from fastchat_q.settings import Settings
 
-from . import chat, embeddings
+from . import chat, embeddings, response_request
 from .asked import Asked
 from .embeddings import EmbeddingRequest
 from .problems import invalid_request, most_specific
+from .response_request import ResponseRequest
 from .schemas import ChatRequest
 
 
@@ -39,4 +40,5 @@ class Endpoint:
 ENDPOINTS: Mapping[str, Endpoint] = {
     "/v1/chat/completions": Endpoint(ChatRequest, chat.asked),
     "/v1/embeddings": Endpoint(EmbeddingRequest, lambda body, settings, size: embeddings.asked(body, settings)),
+    "/v1/responses": Endpoint(ResponseRequest, response_request.asked_in_batch),
 }

@@ -1,30 +1,21 @@
 """``/v1/jobs``: look at a job, go on reading it, cancel it. Extensions: OpenAI's API has no such thing for a chat."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from fastchat_q.errors import InvalidRequestError, JobNotFoundError
-from fastchat_q.events import End
+from fastchat_q.errors import JobNotFoundError
 from fastchat_q.keys import parse_public_job_id
 from fastchat_q.records import read_record
 
-from . import answers
-from .render import View, to_json
+from .following import LastEventId, StartingAfter, event_id, follow
+from .render import to_json
 from .service import Service, service_of, tenant_of
-from .stream import INVALID_EVENT_ID
-from .streaming import JobStreamResponse, raise_if_failed, sse
 
 router = APIRouter(tags=["jobs"])
 
 CANCELLED = "cancelled by request"
-LastEventId = Annotated[str | None, Header(description="The id of the last event that came.")]
-StartingAfter = Annotated[
-    int | None, Query(ge=0, lt=2**31, description="The same as Last-Event-ID, for clients without it.")
-]
-MAX_EVENT_ID_DIGITS = 9
-"""No job has so many tokens; a greater number would be no id that Redis can look for."""
 
 
 @router.get("/v1/jobs/{job_id}", summary="Retrieve a job")
@@ -55,24 +46,8 @@ async def stream_job(
     An id that cannot be continued behind is refused with 400, code `invalid_event_id`: no event had it, or the job was
     started over.
     """
-    service = service_of(request)
-    model, name = _parse(job_id)
-    after = _event_id(last_event_id) if starting_after is None else starting_after
-    stream = await service.relay.follow(model, name, after or 0, tenant_of(request))
-
-    def leave() -> None:
-        service.relay.leave(stream, service.settings.disconnect_grace_s)
-
-    try:
-        writer = answers.writer(View.from_json(stream.view), after)
-        first = await stream.take(service.settings.queue_comment_after_s)
-        if first and isinstance(first[0], End) and first[0].reason == INVALID_EVENT_ID:
-            raise_if_failed(first[0])
-    except BaseException:
-        leave()
-        raise
-    chunks = sse(stream, first, writer)
-    return JobStreamResponse(stream, leave, chunks, {"x-job-id": job_id}, service.settings.drain_s)
+    after = event_id(last_event_id if starting_after is None else starting_after)
+    return await follow(service_of(request), *_parse(job_id), tenant_of(request), after)
 
 
 async def _job(service: Service, public_id: str, tenant: str | None) -> dict[str, Any]:
@@ -92,15 +67,3 @@ def _parse(public_id: str) -> tuple[str, str]:
     if parsed is None:
         raise JobNotFoundError(public_id)
     return parsed
-
-
-def _event_id(header: str | None) -> int | None:
-    if header is None:
-        return None
-    if not header.isdecimal() or len(header) > MAX_EVENT_ID_DIGITS:
-        raise InvalidRequestError(
-            f"The header Last-Event-ID is {header[:80]!r}; event ids are whole numbers of at the most "
-            f"{MAX_EVENT_ID_DIGITS} digits.",
-            code=INVALID_EVENT_ID,
-        )
-    return int(header)

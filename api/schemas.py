@@ -14,12 +14,13 @@ from .fields import JsonObject, Strict, Text, field_error, without_neutral
 from .formats import ResponseFormat, StructuredOutputs
 from .media import Images
 from .messages import ChatMessage
-from .tools import NamedTool, Tool
+from .tools import AllowedTools, NamedTool, Tool
 
 MAX_STOP = 4
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKENS = 256
 MAX_TOOLS = 128
+MAX_METADATA = 16
 MAX_TOKEN_ID = 2**31 - 1
 LANES: dict[str | None, Lane] = {"flex": "lo"}
 TEMPLATE_OWN = frozenset(
@@ -33,6 +34,7 @@ TEMPLATE_OWN = frozenset(
 
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (None, True),
+    "add_special_tokens": (None, False),
     "allowed_token_ids": (None,),
     "audio": (None,),
     "bad_words": (None, []),
@@ -44,9 +46,11 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": (None, "none", "auto"),
     "functions": (None, []),
     "guided_choice": (None,),
+    "guided_decoding_backend": (None,),
     "guided_grammar": (None,),
     "guided_json": (None,),
     "guided_regex": (None,),
+    "guided_whitespace_pattern": (None,),
     "include_reasoning": (None, True),
     "include_stop_str_in_output": (None, False),
     "length_penalty": (None, 1),
@@ -55,12 +59,14 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (None,),
     "priority": (None, 0),
     "prompt_logprobs": (None,),
+    "return_token_ids": (None, False),
+    "return_tokens_as_token_ids": (None, False),
     "skip_special_tokens": (None, True),
     "spaces_between_special_tokens": (None, True),
     "store": (None, False),
     "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
-    "verbosity": (None,),
+    "verbosity": (None, "medium"),
     "web_search_options": (None,),
 }
 """Parameters of OpenAI and vLLM that this version does not implement, and the values that ask for nothing."""
@@ -68,12 +74,15 @@ INSTEAD = {
     "function_call": "tool_choice",
     "functions": "tools",
     "guided_choice": "structured_outputs",
+    "guided_decoding_backend": "structured_outputs",
     "guided_grammar": "structured_outputs",
     "guided_json": "structured_outputs",
     "guided_regex": "structured_outputs",
 }
 
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+MetadataKey = Annotated[Text, Field(max_length=64)]
+MetadataValue = Annotated[Text, Field(max_length=512)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 
 
@@ -92,11 +101,19 @@ def _token_biases(value: Any) -> Any:
     return value
 
 
+def _named(choice: str | NamedTool | AllowedTools | None) -> list[str]:
+    """The functions that a choice names."""
+    if isinstance(choice, AllowedTools):
+        return [tool.function.name for tool in choice.allowed_tools.tools]
+    return [choice.function.name] if isinstance(choice, NamedTool) else []
+
+
 class StreamOptions(Strict):
     """Options of a streamed answer."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
+    """Nothing is added to hide the lengths of tokens: who asks for it is refused."""
 
 
 class ChatRequest(Strict):
@@ -120,7 +137,7 @@ class ChatRequest(Strict):
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKEN_ID)
@@ -149,7 +166,7 @@ class ChatRequest(Strict):
     prompt_cache_key: Text | None = None
     prompt_cache_retention: Text | None = None
     prompt_cache_options: JsonObject | None = None
-    metadata: dict[Text, Text] | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -182,8 +199,9 @@ class ChatRequest(Strict):
     def _check_tool_choice(self) -> None:
         choice = self.tool_choice
         names = [tool.function.name for tool in self.tools or ()]
-        if isinstance(choice, NamedTool) and choice.function.name not in names:
-            raise field_error("tool_choice", "No function of that name is among 'tools'", choice.function.name)
+        for name in _named(choice):
+            if name not in names:
+                raise field_error("tool_choice", "No function of that name is among 'tools'", name)
         if choice == "required" and not names:
             raise field_error("tool_choice", "It is only allowed when 'tools' are specified", choice)
 
@@ -200,7 +218,6 @@ class ChatRequest(Strict):
         Raises:
             InvalidRequestError: an image cannot be taken.
         """
-        choice = self.tool_choice
         return Job(
             id=str(ULID()),
             model=self.model,
@@ -209,11 +226,24 @@ class ChatRequest(Strict):
                 [message.to_message(images, f"messages[{number}]") for number, message in enumerate(self.messages)]
             ),
             sampling=self._sampling(),
-            tools=tuple([tool.to_object() for tool in self.tools or ()]),
-            tool_choice=f"function:{choice.function.name}" if isinstance(choice, NamedTool) else choice or "auto",
+            tools=tuple([tool.to_object() for tool in self._tools()]),
+            tool_choice=self._tool_choice(),
             parallel_tool_calls=self.parallel_tool_calls is not False,
             template_kwargs=self._template_kwargs(),
         )
+
+    def _tools(self) -> list[Tool]:
+        """Those that may be called: the model is not told of others, for nothing else keeps it from calling them."""
+        tools = self.tools or []
+        if isinstance(self.tool_choice, AllowedTools):
+            return [tool for tool in tools if tool.function.name in _named(self.tool_choice)]
+        return tools
+
+    def _tool_choice(self) -> str:
+        choice = self.tool_choice
+        if isinstance(choice, AllowedTools):
+            return choice.allowed_tools.mode
+        return f"function:{choice.function.name}" if isinstance(choice, NamedTool) else choice or "auto"
 
     def _sampling(self) -> Sampling:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

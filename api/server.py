@@ -28,6 +28,7 @@ from .auth import Authenticator
 from .catalog import Catalog
 from .durability import Durability
 from .limits import Limits
+from .protocol import HttpProtocol
 from .relay import Relay
 from .remote_images import Fetcher
 from .service import Service
@@ -102,7 +103,7 @@ async def _serve(settings: Settings, secrets: tuple[str, str] | None) -> None:
             create_app(service),
             host=settings.host,
             port=settings.port,
-            http="httptools",
+            http=HttpProtocol,
             ws="none",
             lifespan="off",
             proxy_headers=False,
@@ -131,6 +132,7 @@ async def _serve(settings: Settings, secrets: tuple[str, str] | None) -> None:
             log.info("serving", url=http_base(settings.host, settings.port), api=api_id, auth=settings.auth)
             await server.serve()
             await relay.settled(SETTLE_S)
+            await limits.settled(SETTLE_S)
             for task in loops:
                 task.cancel()
     finally:

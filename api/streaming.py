@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from fastchat_q.events import End, Event
 
-from .render import Writer, queue_comment
+from .render import Opening, Writer, queue_comment
 from .stream import JobStream
 
 log = structlog.get_logger()
@@ -18,6 +18,9 @@ log = structlog.get_logger()
 COMMENT_S = 5.0
 """A waiting stream gets a comment when its place changes, and this often in any case."""
 PING_S = 15
+PING = b": ping\n"
+"""Without an empty line behind it: OpenAI's clients take one for the end of an event once they have seen an id, and
+fail on its missing data."""
 
 
 class JobStreamResponse(EventSourceResponse):
@@ -30,6 +33,7 @@ class JobStreamResponse(EventSourceResponse):
         body: AsyncIterator[bytes],
         headers: dict[str, str],
         drain_s: float,
+        ping: bytes = PING,
     ) -> None:
         # Without sse-starlette's send_timeout, which opens a cancel scope for every chunk, a sixth of a token's cost:
         # the relay looks after clients that read nothing, once a second for all of them.
@@ -38,7 +42,7 @@ class JobStreamResponse(EventSourceResponse):
             headers=headers,
             sep="\n",
             ping=PING_S,
-            ping_message_factory=_ping,  # type: ignore[arg-type]  # bytes are sent as they are
+            ping_message_factory=lambda: ping,  # type: ignore[arg-type, return-value]  # bytes are sent as they are
             shutdown_grace_period=drain_s,
         )
         self._stream, self._leave = stream, leave
@@ -55,21 +59,19 @@ class JobStreamResponse(EventSourceResponse):
             self._leave()
 
 
-def _ping() -> bytes:
-    # Without an empty line behind it: the official clients take one for the end of an event once they have seen an id,
-    # and fail on its missing data.
-    return b": ping\n"
-
-
 async def sse(stream: JobStream, first: list[Event], writer: Writer) -> AsyncIterator[bytes]:
     """The bytes of a stream, from the events that are there already to the end."""
+    has_ids = isinstance(writer, Opening)
+    if isinstance(writer, Opening):
+        yield writer.opening()
     events = first
     place: int | None = -1
     quiet_s = 0.0
     while not events:
         if stream.place != place or quiet_s >= COMMENT_S:
             place, quiet_s = stream.place, 0.0
-            yield queue_comment(place, stream.eta_s)
+            comment = queue_comment(place, stream.eta_s)
+            yield comment[:-1] if has_ids else comment  # behind an id an empty line is an event: see _ping
         events = await stream.take(1.0)
         quiet_s += 1.0
     failed = isinstance(events[0], End) and events[0].error() is not None

@@ -44,7 +44,7 @@ def main() -> None:
         with stack(options.slots, 0, options.workers) as system:
             report["throughput"] = throughput(system, options.lines, options.words)
     if options.ttft_s:
-        with stack(64, 5, 1) as system:
+        with stack(64, 20, 1) as system:
             report["interactive"] = interactive(system, options.ttft_s)
     print(json.dumps(report, indent=2))
     if options.json:

@@ -46,12 +46,8 @@ REGISTRY = (keys.worker("*"), keys.WORKERS, keys.MODELS)
 RULES: dict[Role, Rules] = {
     "api": Rules(
         write=(
-            JOBS,
-            keys.api_server("*"),
-            keys.rate_limit("*"),
-            keys.idempotent_model("*", "*"),
-            keys.EVERY_FILE_KEY,
-            keys.EVERY_BATCH_KEY,
+            *(JOBS, keys.api_server("*"), keys.idempotent_model("*", "*")),
+            *(keys.rate_limit("*"), keys.token_use("*"), keys.EVERY_FILE_KEY, keys.EVERY_BATCH_KEY),
         ),
         read=(*REGISTRY, keys.ALIASES, keys.api_key("*"), keys.API_KEYS, keys.PEPPER),
         channels=EVENTS,

@@ -5,6 +5,7 @@
     FastchatQError                       500 server_error
     ├── InvalidRequestError              400 invalid_request_error
     │   ├── ContextLengthError           400 context_length_exceeded
+    │   ├── RequestTimeoutError          408 request_timeout
     │   └── RequestTooLargeError         413 request_too_large
     ├── AuthenticationError              401 invalid_api_key
     ├── PermissionDeniedError            403 insufficient_scope
@@ -15,6 +16,7 @@
     ├── UnknownBatchError                404 batch_not_found
     ├── StorageQuotaError                403 storage_quota_exceeded
     ├── RateLimitError                   429 rate_limit_exceeded   with Retry-After
+    ├── QuotaError                       429 insufficient_quota
     ├── QueueFullError                   429 queue_full            with Retry-After
     ├── TooManyBatchesError              429 too_many_batches      with Retry-After
     ├── QueueDrainingError               503 queue_draining        with Retry-After
@@ -81,6 +83,13 @@ class RequestTooLargeError(InvalidRequestError):
 
     status = 413
     code = "request_too_large"
+
+
+class RequestTimeoutError(InvalidRequestError):
+    """The body was not whole in time."""
+
+    status = 408
+    code = "request_timeout"
 
 
 class AuthenticationError(FastchatQError):
@@ -151,6 +160,18 @@ class RateLimitError(FastchatQError):
         self.retry_after_s, self.headers = retry_after_s, headers
 
 
+class QuotaError(FastchatQError):
+    """The key has used up the tokens that it was given; nothing was queued. Waiting does not help."""
+
+    status = 429
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+
+    def __init__(self, message: str, *, headers: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.headers = {**headers, "x-should-retry": "false"}  # the official clients would try again
+
+
 class QueueFullError(FastchatQError):
     """The lane, or the tenant's share of it, holds as many waiting jobs as it may."""
 
@@ -159,7 +180,9 @@ class QueueFullError(FastchatQError):
     code = "queue_full"
     max_retry_after_s = 600
 
-    def __init__(self, message: str, wait_s: float) -> None:
+    def __init__(self, message: str, wait_s: float, *, own: bool = False) -> None:
+        """``own``: it is the tenant's share that is full."""
+        self.own = own
         self.retry_after_s = min(max(math.ceil(wait_s), 1), self.max_retry_after_s)
         super().__init__(f"{message} (in about {self.retry_after_s} s).")
 

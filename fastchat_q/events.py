@@ -5,7 +5,7 @@ n, or ``<job id> <n> end <json>``. The token log holds the same payload under th
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -177,17 +177,25 @@ class Result:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: dict[str, Any] | None = None
+    stop: str | None = None
+    """The stop string of the request that ended the answer; None: none did, or its engine does not tell which."""
 
     def to_json(self) -> bytes:
         """JSON without nulls."""
-        fields = {"finish_reason": self.finish_reason, "usage": self.usage, "error": self.error}
+        fields = {
+            "finish_reason": self.finish_reason,
+            "usage": self.usage,
+            "error": self.error,
+            "stop": self.stop,
+        }
         return orjson.dumps({name: value for name, value in fields.items() if value is not None})
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Result":
         """The inverse of `to_json`, from the decoded object."""
         usage = raw.get("usage")
-        return cls(raw.get("finish_reason"), Usage(**known_fields(Usage, usage)) if usage else None, raw.get("error"))
+        counts = Usage(**known_fields(Usage, usage)) if usage else None
+        return cls(raw.get("finish_reason"), counts, raw.get("error"), raw.get("stop"))
 
     @classmethod
     def from_error(cls, error: FastchatQError) -> "Result":
@@ -203,6 +211,8 @@ class End:
     state: str
     reason: str
     result: Result | None
+    ended_ms: int | None = field(default=None, compare=False)
+    """When the job ended; None: it goes on for all that is known, and only its reader is given up."""
 
     def error(self) -> FastchatQError | None:
         """None if the job succeeded, else the exception that says why not."""
@@ -271,7 +281,7 @@ def decode_end(n: int, body: bytes) -> End:
     """The JSON of a terminal line."""
     raw = orjson.loads(body)
     result = raw["result"]
-    return End(n, raw["state"], raw["reason"], None if result is None else Result.from_dict(result))
+    return End(n, raw["state"], raw["reason"], None if result is None else Result.from_dict(result), raw.get("t"))
 
 
 def parse_line(line: bytes) -> tuple[str, Event]:

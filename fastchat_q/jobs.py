@@ -15,6 +15,9 @@ IMAGE_TOKENS = 1024
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
 
+CONTINUE = "continue_final_message"
+"""In ``template_kwargs``: the answer goes on where the last message, the assistant's, stops."""
+
 Lane = Literal["hi", "lo"]
 Kind = Literal["chat", "embed", "rerank"]
 Role = Literal["system", "user", "assistant", "tool"]
@@ -74,6 +77,8 @@ class Sampling(_Frozen):
 
     max_tokens: int | None = Field(default=None, ge=1)
     """Upper bound on generated tokens; None: what is left of the context."""
+    clip: bool = False
+    """``max_tokens`` may be more than the context has left: then that is the bound."""
     min_tokens: int = Field(default=0, ge=0)
     """Nothing ends the answer before so many."""
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)

@@ -286,6 +286,11 @@ EVERY_FILE_KEY = f"{_FILES}*"
 """Glob pattern, for access rules."""
 
 
+def token_use(key_id: str) -> str:
+    """String: tokens that an API key with a quota has used, reservations included. Until the key is revoked."""
+    return f"fq:use:{{{key_id}}}"
+
+
 _BATCHES = "fq:batches:{b}:"
 """One hash tag: a batch is written with all its indexes in one step."""
 

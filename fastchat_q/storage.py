@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +31,8 @@ CHUNK = 256 * 1024
 PARTS_AT_A_TIME = 2
 """Parts of an upload, 5 MiB each, that are under way: what an upload may hold in memory."""
 DELETE_AT_A_TIME = 1000
+PATIENCE = timedelta(seconds=20)
+"""How long a bucket's request may be tried again."""
 PARTIAL = "partial"
 """Local only: the folder of what is being written. The rest of the tree holds whole objects and nothing else."""
 FULL = re.compile(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\b")
@@ -66,7 +69,7 @@ class Storage:
         try:
             if self._folder is None and url.startswith("file:"):
                 raise ValueError("a folder is named with all that is above it")
-            self._remote: Any = from_url(url) if self._folder is None else None
+            self._remote: Any = None if self._folder else _open(url)
         except (BaseError, ValueError) as error:
             raise ConfigurationError(
                 f"FASTCHAT_Q_STORAGE_URL is {url!r}, which cannot be used: {_short(error)}. Give file:///folder, "
@@ -243,6 +246,13 @@ def _unavailable(key: str, error: Exception) -> StorageUnavailableError:
 def _short(error: Exception) -> str:
     """The first line: obstore appends a dump of its own structures."""
     return str(error).partition("\n")[0][:SHOWN]
+
+
+def _open(url: str) -> Any:
+    """obstore's own patience is three minutes; a client that waits for an answer has less."""
+    if url.startswith("memory:"):
+        return from_url(url)
+    return from_url(url, retry_config={"max_retries": 4, "retry_timeout": PATIENCE})
 
 
 def _sync(path: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -430,6 +431,35 @@ def test_a_server_killed_within_an_upload_leaves_no_half_file(stack: Stack) -> N
         stack.start("orchestrator", "orchestrator")
         wait_until(lambda: not partial.exists(), "housekeeping finds it")
         assert client.files.content(whole.id).read() == b"whole"
+
+
+def test_a_disk_that_is_full_is_said_so_and_serves_again_when_there_is_room(stack: Stack) -> None:
+    disk = stack.folder / "disk"
+    disk.mkdir()
+    mount = f'mount -t tmpfs -o size=4m tmpfs {disk} && exec "$@"'
+    prefix = ("unshare", "-rm", "sh", "-c", mount, "sh")
+    try:
+        subprocess.run([*prefix, "true"], check=True, capture_output=True, timeout=60)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a small disk cannot be mounted here")
+    stack.api.stop()
+    stack.api = stack.start_api(stack.port, prefix=prefix, FASTCHAT_Q_STORAGE_URL=f"file://{disk}/files")
+    with stack.client() as client:
+        kept = client.files.create(file=bytes(MIB), purpose="user_data")
+        with pytest.raises(openai.InternalServerError) as raised:
+            client.files.create(file=bytes(40 * MIB), purpose="user_data")
+        assert (raised.value.status_code, raised.value.code) == (507, "storage_full")
+        assert raised.value.response.headers["x-should-retry"] == "false"
+        assert [file.id for file in client.files.list()] == [kept.id]
+
+        def fits() -> bool:  # a thread of the storage may hold what was refused a moment longer
+            try:
+                return client.files.create(file=bytes(2 * MIB), purpose="user_data").bytes == 2 * MIB
+            except openai.InternalServerError:
+                return False
+
+        wait_until(fits, "there is room again")
+        assert "unexpected error" not in stack.api.output()
 
 
 def test_what_redis_lost_comes_back_from_the_storage(stack: Stack) -> None:

@@ -60,6 +60,8 @@ class Ended:
     usage: Usage | None = None
     finish_reason: FinishReason | None = None
     error: FastchatQError | None = None
+    stop: str | None = None
+    """The stop string of the job that ended the answer, where the engine knows it."""
 
 
 @dataclass(frozen=True, slots=True)

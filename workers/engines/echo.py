@@ -40,9 +40,8 @@ class _Row:
             return Output(self.ticket, (Piece((self.done - 1,), shown),))
         if not stopped:
             shown += self.stop.flush()
-        return Output(
-            self.ticket, (Piece((self.done - 1,), shown),), Ended(Usage(self.prompt_tokens, self.done), reason)
-        )
+        ended = Ended(Usage(self.prompt_tokens, self.done), reason, stop=self.stop.found)
+        return Output(self.ticket, (Piece((self.done - 1,), shown),), ended)
 
 
 class EchoEngine(Engine):

@@ -157,7 +157,7 @@ class Intake:
         """
         job, aside = request.job, self._aside.pop(request.ticket, None)
         prompt, inputs = aside[1].result() if aside is not None else _render(self._renderer, request)
-        limit = token_limit(self._loaded.context_length, len(prompt), job.sampling.max_tokens, self._room)
+        limit = token_limit(self._loaded.context_length, len(prompt), job.sampling, self._room)
         answers = Answers(request.ticket, job.model)
         is_open = self._speech.is_open(job, prompt)
         sampling = self._speech.sampling(job, is_open)

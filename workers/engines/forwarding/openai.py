@@ -14,7 +14,7 @@ from openai.types.chat.chat_completion_chunk import Choice, ChoiceDeltaToolCall
 
 from fastchat_q.errors import ConfigurationError, JobFailedError
 from fastchat_q.events import Alternative, FinishReason, Piece, TokenLogprob, ToolCallDelta, Usage
-from fastchat_q.jobs import Feature, Job
+from fastchat_q.jobs import CONTINUE, Feature, Job
 from fastchat_q.registry import ModelCard
 
 from ..async_engine import Give
@@ -77,7 +77,7 @@ class OpenAIEngine(RemoteEngine):
         return trouble_of(error)
 
     def continues(self, job: Job) -> bool:
-        return self.dialect.go_on is not None
+        return self.dialect.go_on is not None and CONTINUE not in job.template_kwargs
 
     def repeats(self, job: Job) -> bool:
         return True  # a job has a seed, and most servers keep to it
@@ -118,6 +118,7 @@ class Reader:
         self._tokens = 0
         self._chunks = 0
         self._reasons: dict[int, FinishReason] = {}
+        self._stop: str | None = None
 
     def take(self, chunk: ChatCompletionChunk) -> None:
         """Reads one chunk."""
@@ -130,6 +131,7 @@ class Reader:
         for choice in chunk.choices or ():
             if choice.finish_reason is not None:
                 self._reasons[choice.index] = finish_reason(choice.finish_reason)
+                self._stop = _stop_string(choice)
             piece = self._piece(choice, units)
             if piece is not None:
                 self._give(piece)
@@ -169,7 +171,8 @@ class Reader:
         usage = self._usage
         if usage is not None and done:
             usage = Usage(max(usage.prompt_tokens - done, 0), usage.completion_tokens + done)
-        return Ended(usage or Usage(0, done + self._tokens), self._reasons[min(self._reasons)])
+        usage = usage or Usage(0, done + self._tokens)
+        return Ended(usage, self._reasons[min(self._reasons)], stop=self._stop)
 
 
 def finish_reason(reason: str) -> FinishReason:
@@ -177,6 +180,15 @@ def finish_reason(reason: str) -> FinishReason:
     if reason == "function_call":
         return "tool_calls"
     return reason if reason in get_args(FinishReason) else "stop"  # type: ignore[return-value]
+
+
+def _stop_string(choice: Choice) -> str | None:
+    """Which stop string ended it, where a server says so: ``stop_reason`` (vLLM) or ``matched_stop`` (SGLang).
+
+    Of a token that ended it they tell the number.
+    """
+    found = getattr(choice, "stop_reason", None) or getattr(choice, "matched_stop", None)
+    return found if isinstance(found, str) else None
 
 
 def _reasoning(delta: object) -> str:

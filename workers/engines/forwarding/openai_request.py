@@ -8,10 +8,10 @@ import orjson
 
 from fastchat_q.errors import InvalidRequestError
 from fastchat_q.images import KINDS, media_type
-from fastchat_q.jobs import Guide, Job, Message, Sampling
+from fastchat_q.jobs import CONTINUE, Guide, Job, Message, Sampling
 
 from .dialects import Dialect
-from .refusals import refuse
+from .refusals import refuse, unsupported
 
 Blobs = Mapping[str, bytes]
 """Images by the name that the job has for them."""
@@ -39,6 +39,7 @@ def request_body(
         **_set_fields(sampling, done),
         **_tool_fields(job, dialect),
         **_template_fields(job, dialect),
+        **_go_on_fields(job, dialect),
     }
     if sampling.guide is not None:
         body |= _guide_fields(sampling.guide, dialect)
@@ -104,12 +105,22 @@ def forced_function(job: Job) -> str | None:
 def _template_fields(job: Job, dialect: Dialect) -> dict[str, Any]:
     """Effort and arguments of the chat template: what the client sent, in the fields that the server has for it."""
     rest = dict(job.template_arguments if dialect.effort_in_template else job.template_kwargs)
+    rest.pop(CONTINUE, None)
     fields: dict[str, Any] = {}
     if "reasoning_effort" in rest and not dialect.effort_in_template:
         fields["reasoning_effort"] = rest.pop("reasoning_effort")
     if rest:
         fields["chat_template_kwargs"] = rest
     return fields
+
+
+def _go_on_fields(job: Job, dialect: Dialect) -> dict[str, Any]:
+    """What has the server go on with the assistant's message that the conversation ends with."""
+    if not job.template_kwargs.get(CONTINUE):
+        return {}
+    if dialect.go_on is None:
+        raise unsupported("messages", f"{dialect.whose} does not go on with a message of the assistant.")
+    return dict(dialect.go_on)
 
 
 def _guide_fields(guide: Guide, dialect: Dialect) -> dict[str, Any]:

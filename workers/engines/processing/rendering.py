@@ -15,14 +15,12 @@ from fastchat_q.workers.families.choice import declared_names
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastchat_q.errors import ContextLengthError, InvalidRequestError
-from fastchat_q.jobs import Job, Message
+from fastchat_q.jobs import CONTINUE, Job, Message, Sampling
 
 from .vision import Sight, images
 
 log = structlog.get_logger()
 
-CONTINUE = "continue_final_message"
-"""In ``template_kwargs``: the answer goes on where the last message, the assistant's, stops."""
 PROBE = "fastchat-q"
 RESERVED = {
     *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
@@ -231,7 +229,7 @@ class Renderer:
         return options
 
 
-def token_limit(context: int | None, prompt_tokens: int, max_tokens: int | None, room: int | None = None) -> int:
+def token_limit(context: int | None, prompt_tokens: int, sampling: Sampling, room: int | None = None) -> int:
     """Tokens that a request may generate.
 
     Args:
@@ -240,6 +238,10 @@ def token_limit(context: int | None, prompt_tokens: int, max_tokens: int | None,
     Raises:
         ContextLengthError: prompt and completion do not fit.
     """
+    max_tokens = sampling.max_tokens
+    bounds = [bound - prompt_tokens for bound in (context, room) if bound is not None]
+    if max_tokens is not None and sampling.clip:
+        max_tokens = max(1, min([max_tokens, *bounds]))
     asked = f" and {max_tokens} for the completion" if max_tokens else ""
     if context is not None and prompt_tokens + (max_tokens or 1) > context:
         raise ContextLengthError(
@@ -253,7 +255,6 @@ def token_limit(context: int | None, prompt_tokens: int, max_tokens: int | None,
             f"messages{asked}. Shorten the messages, lower max_tokens, or give the worker more KV memory.",
             param="messages",
         )
-    bounds = [bound - prompt_tokens for bound in (context, room) if bound is not None]
     return max_tokens or min(bounds, default=2**31)
 
 

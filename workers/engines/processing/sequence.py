@@ -81,7 +81,7 @@ class Sequence:
         self.detokenizer = Detokenizer(language.decode)
         self.stop = StopMatcher(sampling.stop if sampling.ignore_eos else (*sampling.stop, *language.stop))
         self.edits = Edits.of(sampling, self.prompt)
-        self.guide = language.guides.guided(sampling.guide) if sampling.guide and language.guides else None
+        self.guide = language.guides.guided(sampling.guide, self.limit) if sampling.guide and language.guides else None
         self.rules = language.rules.row(self.prompt, self.limit) if language.rules and not self.guide else None
         self.edited = bool(self.edits or self.guide or self.rules or (sampling.min_tokens and self.eos_ids))
 
@@ -152,7 +152,8 @@ class Sequence:
             self.called |= bool(rest.tool_calls)
         if self.called and (reason == "stop" or parts.over):
             reason = "tool_calls"
-        return self._output(picked, parts, Ended(Usage(len(self.prompt), len(self.ids)), reason))
+        found = self.stop.found if self.stop.found in self.sampling.stop else None  # not one of the model's own
+        return self._output(picked, parts, Ended(Usage(len(self.prompt), len(self.ids)), reason, stop=found))
 
     def _output(self, picked: Picked | None, parts: Parts, ended: Ended | None = None) -> Output:
         ids = () if picked is None else (picked.token,)
