@@ -19,7 +19,10 @@ OTHER_SERVERS := redis-7 redis-6.2 cluster
 SERVER_TESTS := $(patsubst %,tests/test_%.py,dead_letters idempotency lanes oncall orchestrator quarantine queue reconcile \
 	recovery resume servers state_machine worker)
 
-# Tests of real processes beside others on two cores: in CI, one that failed is run once more, alone, and named as such. AGAIN := $(if $(CI),|| { echo "== what failed once more and alone" && $(BIN)/pytest --last-failed --last-failed-no-failures none; }) .PHONY: help setup setup-dev setup-clients up test test-clients test-servers test-vllm setup-vllm bench-vllm chaos chaos-mutant lint types format bench bench-queue bench-recovery bench-streams wheel clean batch-drill bench-batches
+# Tests of real processes beside others on two cores: in CI, one that failed is run once more, alone, and named as such.
+AGAIN := $(if $(CI),|| { echo "== what failed once more and alone" && $(BIN)/pytest --last-failed --last-failed-no-failures none; })
+
+.PHONY: help setup setup-dev setup-clients up test test-clients test-servers test-vllm setup-vllm bench-vllm chaos chaos-mutant lint types format bench bench-queue bench-recovery bench-streams wheel clean batch-drill bench-batches
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
