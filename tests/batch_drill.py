@@ -27,6 +27,8 @@ WORKER = ("--model", "echo", "--engine", "echo", "--token-delay-ms", "5")
 AWAY = (OSError, openai.APIConnectionError, openai.InternalServerError, ValueError)
 """What a client sees of a server that is killed: no connection, half an answer, a 503."""
 LONGEST_S = 600.0
+LAST_KILL = 0.8
+"""Kills are spread over this part of the batch."""
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Drill:
         began = time.monotonic()
         batch = create(client, jsonl(line(n, question(n)) for n in range(self.lines)))
         victims = itertools.cycle(("orchestrator", "worker", "api"))
-        kills = [self.lines * (n + 1) // (self.num_kills + 2) for n in range(self.num_kills)]
+        kills = [int(LAST_KILL * self.lines) * (n + 1) // self.num_kills for n in range(self.num_kills)]
         last = b""
         while True:
             if time.monotonic() - began > LONGEST_S:
@@ -117,8 +119,8 @@ def main() -> None:
     """Prints what happened."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lines", type=int, default=10_000)
-    parser.add_argument("--kills", type=int, default=24)
-    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--kills", type=int, default=21)
+    parser.add_argument("--slots", type=int, default=8)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fq"))
     try:
