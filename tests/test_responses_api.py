@@ -82,9 +82,7 @@ def test_a_response_has_openais_shape_to_the_field(echo_stack: Stack) -> None:
                 "type": "message",
                 "status": "completed",
                 "role": "assistant",
-                "content": [
-                    {"type": "output_text", "text": "the quick  brown 🦊", "annotations": [], "logprobs": []}
-                ],
+                "content": [{"type": "output_text", "text": "the quick  brown 🦊", "annotations": [], "logprobs": []}],
             }
         ],
         "parallel_tool_calls": True,
@@ -196,9 +194,7 @@ def test_a_response_in_the_background_is_queued_then_grows_and_is_kept(client: o
     assert seen[-1].completed_at is not None
 
 
-def test_cancelling_keeps_what_came_and_a_second_time_changes_nothing(
-    echo_stack: Stack, client: openai.OpenAI
-) -> None:
+def test_cancelling_keeps_what_came_and_a_second_time_changes_nothing(echo_stack: Stack, client: openai.OpenAI) -> None:
     started = client.responses.create(**ENDLESS, background=True)
     wait_until(lambda: client.responses.retrieve(started.id).output_text.count("on") > 5, "it says something")
     cancelled = client.responses.cancel(started.id)
@@ -348,8 +344,8 @@ def test_items_are_sent_back_by_hand_or_by_their_ids(scripted_stack: Stack) -> N
         by_id = client.responses.create(model="script", input=[{"role": "user", "content": "x"}, *references, ask])
         assert json.loads(by_hand.output_text)["messages"] == json.loads(by_id.output_text)["messages"]
         assert json.loads(by_id.output_text)["messages"][1]["reasoning_content"] == "Hm."
+        nothing: Any = [{"type": "item_reference", "id": "msg_0_script.01ARZ3NDEKTSV4RRFFQ69G5FAV"}]
         with pytest.raises(openai.BadRequestError) as missing:
-            nothing: Any = [{"type": "item_reference", "id": "msg_0_script.01ARZ3NDEKTSV4RRFFQ69G5FAV"}]
             client.responses.create(model="script", input=nothing)
         assert missing.value.param == "input[0].id"
 
@@ -393,13 +389,12 @@ def test_a_previous_response_that_is_not_there_is_400(client: openai.OpenAI, pre
 
 
 def test_a_conversation_grows_up_to_the_limit_of_a_body(client: openai.OpenAI) -> None:
-    previous = None
+    long: dict[str, Any] = {"model": "echo", "input": "x" * 120_000, "max_output_tokens": 1}
+    previous = client.responses.create(**long)
+    for _ in range(7):
+        previous = client.responses.create(**long, previous_response_id=previous.id)
     with pytest.raises(openai.APIStatusError) as refused:
-        for _ in range(9):
-            answered = client.responses.create(
-                model="echo", input="x" * 120_000, previous_response_id=previous, max_output_tokens=1
-            )
-            previous = answered.id
+        client.responses.create(**long, previous_response_id=previous.id)
     assert (refused.value.status_code, refused.value.param) == (413, "previous_response_id")
 
 
@@ -473,7 +468,9 @@ class Point(BaseModel):
 def test_a_schema_is_followed_and_parsed(tiny_stack: Stack) -> None:
     with tiny_stack.client() as client:
         parsed = client.responses.parse(model="tiny", input="A point", text_format=Point)
-        with client.responses.stream(model="tiny", input="A point", text_format=Point, extra_body={"seed": 7}) as stream:
+        with client.responses.stream(
+            model="tiny", input="A point", text_format=Point, extra_body={"seed": 7}
+        ) as stream:
             streamed = stream.get_final_response()
         free = client.responses.create(
             model="tiny", input="JSON", text={"format": {"type": "json_object"}}, max_output_tokens=900
