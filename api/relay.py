@@ -87,9 +87,7 @@ class Relay:
             stream.place = accepted.place or None
         return stream
 
-    async def follow(
-        self, model: str, job_id: str, after: int, tenant: str | None, *, had: int | None = None
-    ) -> JobStream:
+    async def follow(self, model: str, job_id: str, after: int, tenant: str | None, *, had: int = 0) -> JobStream:
         """The stream of a job, behind its first ``after`` tokens; whoever calls this also calls `leave`.
 
         Args:
@@ -146,10 +144,9 @@ class Relay:
             del self._streams[stream.job_id]
         return True
 
-    async def _attach(self, stream: JobStream, tenant: str | None, had: int | None = None) -> None:
+    async def _attach(self, stream: JobStream, tenant: str | None, had: int = 0) -> None:
         """From now on its events come here; those before are in the log."""
-        after = stream.start if had is None else had
-        attached = await self._queue.attach(stream.model, stream.job_id, self._inbox, tenant, after)
+        attached = await self._queue.attach(stream.model, stream.job_id, self._inbox, tenant, stream.start, had)
         if attached is None:
             raise JobNotFoundError(keys.public_job_id(stream.model, stream.job_id))
         if attached.void:

@@ -112,7 +112,7 @@ def job(stack: Stack, **fields: Any) -> dict[str, Any]:
         ({"tools": [F], "tool_choice": {"type": "web_search"}}, "tool_choice.type"),
         (
             {"tools": [F], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{**F, "name": "h"}]}},
-            "tool_choice.tools[0].parameters",
+            "tool_choice.tools[0].description",
         ),
         ({"background": True, "store": False}, "background"),
         ({"stream_options": {"include_obfuscation": False}}, None),

@@ -1,5 +1,6 @@
 """Responses whose servers die: what a second API server sends behind any event is, byte for byte, what was to come."""
 
+import asyncio
 import json
 import urllib.parse
 from collections.abc import Iterator
@@ -7,9 +8,15 @@ from typing import Any
 
 import openai
 import pytest
+from fastchat_q.api.render import View
+from fastchat_q.api.response_request import ResponseRequest
 
 from fastchat_q import keys
+from fastchat_q.connection import connect
 from fastchat_q.events import Piece, ToolCallDelta
+from fastchat_q.jobs import Message
+from fastchat_q.queue import Claim, Queue, Terms
+from fastchat_q.tokens import Chunk, Status, append
 
 from .http_client import Connection, get, post
 from .scripted_worker import script
@@ -246,3 +253,40 @@ def expire(stack: Stack, job: str) -> None:
 def test_an_error_before_the_first_byte_is_a_status(stack: Stack) -> None:
     reply = post(stack.port, {"model": "echo", "input": "x", "stream": True}, path=PATH)
     assert (reply.status, reply.error()["code"]) == (404, "model_not_found")
+
+
+def test_numbers_are_void_once_a_failover_has_lost_entries_that_a_worker_wrote(stack: Stack) -> None:
+    """What is written in their place may be cut otherwise: a number would stand for another event."""
+    job_id = "01M7YSN24098N6EY5MJ6FR9HZN"
+    names = keys.model_keys("solo")
+    body = ResponseRequest.model_validate({"model": "solo", "input": "x", "background": True})
+    view = View(job_id, "solo", 1, "hi", form="response", extra=body.to_extra([]))
+    job = body.to_job([Message(role="user", content="x")]).model_copy(update={"id": job_id})
+
+    async def begin() -> Claim:
+        redis = connect(stack.server.url)
+        queue = Queue(redis)
+        await queue.enqueue(job, Terms(detached=True, tenant="default", view=view.to_json()))
+        [held] = (await queue.claim("solo", "w", running=0, lanes=[("hi", 1)], nonce="n")).claims
+        await append(redis, "solo", [Chunk(held, 2, (Piece((1, 2), "a b"),))])
+        await append(redis, "solo", [Chunk(held, 4, (Piece((3, 4), " c d"),))])
+        await redis.aclose()
+        return held
+
+    async def write(held: Claim, first: int) -> Status:
+        redis = connect(stack.server.url)
+        [status] = (await append(redis, "solo", [Chunk(held, first, (Piece((first,), "x"),))])).chunks
+        await redis.aclose()
+        return status
+
+    held = asyncio.run(begin())
+    response_id = f"resp_solo.{job_id}"
+    on = go_on(stack.port, response_id, 4)
+    assert on.head()[0] == 200
+    on.close()
+    stack.redis.xdel(names.log(job_id), "0-4")
+    stack.redis.hset(names.job(job_id), "n", 2)
+    assert asyncio.run(write(held, 5)) is Status.GAP
+    refused = go_on(stack.port, response_id, 4).reply()
+    assert (refused.status, refused.error()["code"]) == (400, "invalid_event_id")
+    assert go_on(stack.port, response_id).head()[0] == 200
