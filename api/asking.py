@@ -7,7 +7,6 @@ from typing import Any
 import orjson
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import BaseModel
 
 from fastchat_q.abilities import check_can_do
 from fastchat_q.errors import FastchatQError, InvalidRequestError
@@ -40,7 +39,7 @@ async def answer(request: Request, asked: Asked) -> Response:
     """Queues a job and answers with what a worker makes of it."""
     service, caller = service_of(request), caller_of(request)
     job, view, images = asked.job, asked.view, asked.images
-    idempotency = _idempotency(asked.body, request)
+    idempotency = _idempotency(asked, request)
     key_digest = idempotency[0] if idempotency else ""
     name = job.model
     model = await resolve(service.catalog, service.queue, caller.tenant, name, job.id, key_digest)
@@ -78,13 +77,13 @@ async def answer(request: Request, asked: Asked) -> Response:
         if first and isinstance(first[-1], End):
             raise_if_failed(first[-1])  # still a status of its own: no byte is out
         chunks = sse(events, first, answers.writer(view))
-        response = JobStreamResponse(events, leave, chunks, headers, service.settings.drain_s)
+        response = JobStreamResponse(events, leave, chunks, headers, service.settings.drain_s, answers.ping(view))
         handed_over = True
         return response
     except PreemptedError:  # the client is gone: nobody is left to answer
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     except FastchatQError as error:
-        return error_response(error, headers)
+        return error_response(error, request.scope, headers)
     finally:
         if not handed_over:
             leave()
@@ -131,7 +130,7 @@ def _terms(
     )
 
 
-def _idempotency(body: BaseModel, request: Request) -> tuple[str, str] | None:
+def _idempotency(asked: Asked, request: Request) -> tuple[str, str] | None:
     """Digests of the client's key and of what the request asks for, in whatever order its fields came."""
     key = request.headers.get("idempotency-key")
     if key is None:
@@ -141,5 +140,6 @@ def _idempotency(body: BaseModel, request: Request) -> tuple[str, str] | None:
             f"The header Idempotency-Key has {len(key)} characters; it needs 1 to {MAX_IDEMPOTENCY_KEY}.",
             code="invalid_idempotency_key",
         )
-    canonical = orjson.dumps(body.model_dump(mode="json", exclude_unset=True), option=orjson.OPT_SORT_KEYS)
+    body = asked.body.model_dump(mode="json", exclude_unset=True)
+    canonical = orjson.dumps([asked.view.form, body], option=orjson.OPT_SORT_KEYS)  # one body may do for two endpoints
     return hashlib.sha256(key.encode()).hexdigest(), hashlib.sha256(canonical).hexdigest()

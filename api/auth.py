@@ -1,4 +1,4 @@
-"""Who asks: a bearer header becomes a `Caller`, and a path tells the scope that it needs."""
+"""Who asks: a bearer header, or Anthropic's ``x-api-key`` becomes a `Caller`; a path tells the scope that it needs."""
 
 import asyncio
 import hmac
@@ -19,7 +19,11 @@ from fastchat_q.tenants import ANONYMOUS, BOOTSTRAP, ApiKey, Caller, Scope
 
 log = structlog.get_logger()
 
-PATH_SCOPES: tuple[tuple[str, Scope], ...] = (("/v1/", "inference"),)
+PATH_SCOPES: tuple[tuple[str, Scope], ...] = (
+    ("/v1/", "inference"),
+    ("/tokenize", "inference"),
+    ("/detokenize", "inference"),
+)
 """Path prefix -> scope that a key needs there; the first that fits counts. Other paths need no key."""
 KNOWN_S = 5.0
 """How long a key that was found is trusted without asking again: a revoked one is refused after that."""
@@ -103,8 +107,8 @@ class Authenticator:
         """Whether keys are asked for."""
         return self._store is not None
 
-    async def caller(self, authorization: str | None) -> Caller:
-        """The caller behind an Authorization header.
+    async def caller(self, authorization: str | None, api_key: str | None = None) -> Caller:
+        """The caller behind an Authorization header, or where there is none, behind ``x-api-key``.
 
         Raises:
             AuthenticationError: no key, an unknown one, or an expired one.
@@ -112,7 +116,7 @@ class Authenticator:
         """
         if self._store is None:
             return ANONYMOUS
-        key = _bearer(authorization)
+        key = api_key.strip() if api_key and not authorization else _bearer(authorization)
         if self._bootstrap_key and hmac.compare_digest(key.encode(), self._bootstrap_key):
             return BOOTSTRAP
         record = await self._record(self._store, key) if _looks_like_a_key(key) else None

@@ -46,7 +46,7 @@ async def stream_job(
     An id that cannot be continued behind is refused with 400, code `invalid_event_id`: no event had it, or the job was
     started over.
     """
-    after = event_id(last_event_id) if starting_after is None else starting_after
+    after = event_id(last_event_id if starting_after is None else starting_after)
     return await follow(service_of(request), *_parse(job_id), tenant_of(request), after)
 
 

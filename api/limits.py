@@ -1,6 +1,6 @@
-"""Requests and tokens a minute: an estimate is reserved before a job exists, and settled when its usage is known.
+"""Requests and tokens a minute, and tokens ever: an estimate is reserved before a job exists, and settled later.
 
-A reservation that is never settled (the process died, the client left) runs off within a minute.
+A reservation that is never settled (the process died, the client left) runs off within a minute; of a quota it is used.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import structlog
 from redis.asyncio import Redis
 
 from fastchat_q import keys, scripts
-from fastchat_q.errors import RateLimitError
+from fastchat_q.errors import QuotaError, RateLimitError
 from fastchat_q.events import Usage
 from fastchat_q.jobs import Job
 from fastchat_q.loops import AWAY, check_cancelled
@@ -23,6 +23,8 @@ log = structlog.get_logger()
 
 MAX_UNSETTLED = 10_000
 """Settlements that may wait while Redis is away; more are dropped, and those reservations run off."""
+NO_QUOTA = 3
+"""A verdict of limit.lua."""
 NOTHING = Usage(0, 0)
 """The usage of a request that never became a job."""
 
@@ -34,6 +36,8 @@ class Reservation:
     caller: Caller
     tokens: int = 0
     receipt: int = 0
+    of_quota: int = 0
+    """Tokens that were taken of the key's quota: at the most what was left."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """``x-ratelimit-*`` for the response; empty for a key without limits."""
 
@@ -50,16 +54,21 @@ class Limits:
 
         Raises:
             RateLimitError: a bucket has too little; nothing was taken.
+            QuotaError: the key's quota is used up; nothing was taken.
             redis.RedisError: the server is away.
         """
-        if caller.rpm is None and caller.tpm is None:
+        if caller.rpm is None and caller.tpm is None and caller.token_quota is None:
             return Reservation(caller)
-        tokens = 0 if caller.tpm is None else job.cost
-        args = ("reserve", caller.rpm or 0, caller.tpm or 0, tokens)
-        verdict, wait, *state, receipt = await scripts.call(
-            self._redis, "limit", (keys.rate_limit(caller.key_id),), args
-        )
+        tokens = 0 if caller.tpm is None and caller.token_quota is None else job.cost
+        args = ("reserve", caller.rpm or 0, caller.tpm or 0, tokens, caller.token_quota or 0)
+        verdict, wait, *state, receipt, of_quota = await scripts.call(self._redis, "limit", _keys(caller), args)
         headers = _headers(caller, *state)
+        if verdict == NO_QUOTA:
+            raise QuotaError(
+                f"You exceeded your current quota: this API key ({caller.key_id}) has used up its "
+                f"{caller.token_quota} tokens. Ask the operator to raise it, with: fastchat-q key quota",
+                headers=headers,
+            )
         if verdict:
             limit, unit = (caller.rpm, "requests") if verdict == 1 else (caller.tpm, "tokens")
             asked = f", the request needs about {tokens}" if verdict == 2 else ""
@@ -69,26 +78,39 @@ class Limits:
                 retry_after_s=math.ceil(wait / 1e6),
                 headers=headers,
             )
-        return Reservation(caller, tokens, receipt, headers)
+        return Reservation(caller, tokens, receipt, of_quota, headers)
 
     def settle(self, reservation: Reservation, usage: Usage | None) -> None:
         """Replaces the estimate by what was really used; None: not known, so the estimate stays. Never blocks."""
-        if usage is None or reservation.caller.tpm is None:
+        caller = reservation.caller
+        if usage is None or (caller.tpm is None and caller.token_quota is None):
             return
         with contextlib.suppress(asyncio.QueueFull):
             self._unsettled.put_nowait((reservation, usage.total_tokens))
+
+    async def settled(self, limit_s: float) -> None:
+        """Waits until all settlements are sent, so long at the most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._unsettled.join()
 
     async def run(self) -> None:
         """Sends settlements, for ever."""
         while True:
             reservation, used = await self._unsettled.get()
             caller = reservation.caller
-            args = ("settle", caller.rpm or 0, caller.tpm or 0, reservation.tokens, used, reservation.receipt)
+            asked = ("settle", caller.rpm or 0, caller.tpm or 0, reservation.tokens, caller.token_quota or 0)
+            args = (*asked, used, reservation.receipt, reservation.of_quota)
             try:
-                await scripts.call(self._redis, "limit", (keys.rate_limit(caller.key_id),), args)
+                await scripts.call(self._redis, "limit", _keys(caller), args)
             except AWAY as error:
                 log.warning("cannot settle tokens: the estimate stays", key=caller.key_id, error=str(error))
+            self._unsettled.task_done()
             check_cancelled()
+
+
+def _keys(caller: Caller) -> tuple[str, str]:
+    return keys.rate_limit(caller.key_id), keys.token_use(caller.key_id)
 
 
 def _headers(caller: Caller, requests: int, requests_us: int, tokens: int, tokens_us: int) -> dict[str, str]:

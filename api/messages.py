@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fastchat_q.jobs import Message, Part, Role
 
-from .fields import Strict, Text, field_error, without_neutral
+from .fields import JsonObject, Strict, Text, field_error, without_neutral
 from .media import Images
 
 ROLES: dict[str, Role] = {
@@ -22,14 +22,19 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "annotations": (None, []),
     "audio": (None,),
     "function_call": (None,),
-    "refusal": (None,),
+    "images": (None, []),
+    "reasoning_details": (None, []),
+    "thinking_blocks": (None, []),
 }
 """Fields of an answer's message that clients send back with it in the next turn, and the values that say nothing."""
 
 
-def _without(name: str) -> Callable[[Any], Any]:
-    """Takes a field out that the official client adds to an answer and sends back: it repeats what another one says."""
-    return lambda data: {key: data[key] for key in data if key != name} if isinstance(data, dict) else data
+def _without(*names: str) -> Callable[[Any], Any]:
+    """Takes fields out that clients add to an answer and send back with it: they repeat what others say.
+
+    OpenAI's add ``parsed``, ``parsed_arguments`` and ``index``, LiteLLM ``provider_specific_fields``.
+    """
+    return lambda data: {key: data[key] for key in data if key not in names} if isinstance(data, dict) else data
 
 
 class ImageUrl(Strict):
@@ -43,17 +48,21 @@ class ImageUrl(Strict):
 class ContentPart(Strict):
     """A part of a message's content."""
 
-    type: Literal["text", "image_url"]
+    type: Literal["text", "image_url", "refusal"]
     text: Text | None = None
     image_url: ImageUrl | None = None
+    refusal: Text | None = None
+    """What an assistant said instead of an answer."""
+    cache_control: JsonObject | None = None
+    """Of Anthropic's API, and what tools for several providers send to all of them: nothing depends on it."""
 
     @model_validator(mode="after")
     def _has_what_its_type_says(self) -> Self:
-        other = "image_url" if self.type == "text" else "text"
         if getattr(self, self.type) is None:
             raise field_error(self.type, f"A part of type '{self.type}' needs it")
-        if getattr(self, other) is not None:
-            raise field_error(other, f"A part of type '{self.type}' has no such field")
+        for other in ("text", "image_url", "refusal"):
+            if other != self.type and getattr(self, other) is not None:
+                raise field_error(other, f"A part of type '{self.type}' has no such field")
         return self
 
 
@@ -69,7 +78,7 @@ class ToolCall(Strict):
 
     id: Text
     type: Literal["function"] = "function"
-    function: Annotated[CalledFunction, BeforeValidator(_without("parsed_arguments"))]
+    function: Annotated[CalledFunction, BeforeValidator(_without("parsed_arguments", "provider_specific_fields"))]
 
 
 class ChatMessage(Strict):
@@ -78,8 +87,10 @@ class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[ContentPart], Field(min_length=1)] | None = None
     name: Text | None = None
-    tool_calls: list[Annotated[ToolCall, BeforeValidator(_without("index"))]] | None = None
+    tool_calls: list[Annotated[ToolCall, BeforeValidator(_without("index", "provider_specific_fields"))]] | None = None
     """Of an assistant."""
+    refusal: Text | None = None
+    """Of an assistant: what it said instead of an answer."""
     tool_call_id: Text | None = None
     """Of a tool: the call that it answers."""
     reasoning_content: Text | None = None
@@ -90,25 +101,29 @@ class ChatMessage(Strict):
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_is_not_supported(cls, data: Any) -> Any:
-        return without_neutral(_without("parsed")(data), NOT_SUPPORTED)
+        return without_neutral(_without("parsed", "provider_specific_fields")(data), NOT_SUPPORTED)
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
         is_assistant = self.role == "assistant"
         thought = self.reasoning_content or self.reasoning
-        if self.content is None and not (is_assistant and (self.tool_calls or thought)):
+        if self.content is None and not (is_assistant and (self.tool_calls or thought or self.refusal)):
             raise field_error("content", f"A message of role '{self.role}' needs content")
-        for name in ("tool_calls", "reasoning_content", "reasoning"):
+        for name in ("tool_calls", "reasoning_content", "reasoning", "refusal"):
             if getattr(self, name) and not is_assistant:
                 raise field_error(name, f"Only assistants have it, not the role '{self.role}'")
         if (self.tool_call_id is not None) != (self.role == "tool"):
             need = "needs it: the id of the call that it answers" if self.role == "tool" else "has no such field"
             raise field_error("tool_call_id", f"A message of role '{self.role}' {need}")
-        if isinstance(self.content, list) and self.role != "user":
-            for number, part in enumerate(self.content):
-                if part.type != "text":
-                    raise field_error(f"content[{number}].type", "Only users send images", part.type)
+        self._check_parts()
         return self
+
+    def _check_parts(self) -> None:
+        for number, part in enumerate(self.content if isinstance(self.content, list) else ()):
+            if part.type == "image_url" and self.role != "user":
+                raise field_error(f"content[{number}].type", "Only users send images", part.type)
+            if part.type == "refusal" and self.role != "assistant":
+                raise field_error(f"content[{number}].type", "Only assistants refuse", part.type)
 
     def to_message(self, images: Images, path: str) -> Message:
         """The turn as a chat template takes it.
@@ -131,9 +146,9 @@ class ChatMessage(Strict):
 
     def _content(self, images: Images, path: str) -> str | tuple[Part, ...] | None:
         if not isinstance(self.content, list):
-            return self.content
+            return self.content if self.refusal is None else (self.content or "") + self.refusal
         if all(part.image_url is None for part in self.content):
-            return "".join([part.text or "" for part in self.content])
+            return "".join([part.text or part.refusal or "" for part in self.content]) + (self.refusal or "")
         return tuple(
             [
                 Part(type="text", text=part.text or "")

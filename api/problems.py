@@ -1,4 +1,4 @@
-"""Every failure becomes OpenAI's error object with its HTTP status, whoever raised it."""
+"""Every failure becomes OpenAI's error object with its HTTP status, whoever raised it; Anthropic's on its paths."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,15 +6,28 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from redis.exceptions import OutOfMemoryError, RedisError
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
+from starlette.types import Scope
 
 from fastchat_q.errors import FastchatQError, InvalidRequestError, QueueUnavailableError
 
+from .anthropic import errors as anthropic
+
 log = structlog.get_logger()
 
-HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+BUG = "The server had an error while processing your request. Its log says more."
+"""What a client hears of an error that nobody expected; `guard` answers with it."""
+HTTP_CODES = {404: "not_found"}
+
+
+class HttpMethodError(InvalidRequestError):
+    """The path is there, but takes other methods."""
+
+    status = 405
+    code = "method_not_allowed"
 
 
 def install(app: FastAPI) -> None:
@@ -24,53 +37,62 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RedisError, _on_redis_error)
     app.add_exception_handler(TimeoutError, _on_redis_error)  # Redis is what the routes wait for
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(Exception, _on_bug)
 
 
-def error_response(error: FastchatQError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """The response for an error, Retry-After included."""
+def error_response(error: FastchatQError, scope: Scope, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The response for an error, Retry-After included; in the words of the API that the request is one of."""
     extra = {**error.headers, **(headers or {})}
     if error.retry_after_s is not None:
         extra["retry-after"] = str(error.retry_after_s)
+    if anthropic.speaks_anthropic(scope):
+        body = anthropic.body_of(error, scope.get("state", {}).get("request_id"))
+        return JSONResponse(body, anthropic.status_of(error), extra)
     return JSONResponse(error.body(), error.status, extra)
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, FastchatQError)
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def _on_redis_error(request: Request, error: Exception) -> JSONResponse:
     log.warning("redis error", path=request.url.path, error=str(error))
     if isinstance(error, OutOfMemoryError):
-        return error_response(QueueUnavailableError("The queue's memory is full. Nothing was accepted; retry later."))
-    return error_response(
-        QueueUnavailableError(
-            "The queue cannot be reached. What it may have accepted of this request is cancelled; retry in a moment."
-        )
+        full = QueueUnavailableError("The queue's memory is full. Nothing was accepted; retry later.")
+        return error_response(full, request.scope)
+    away = QueueUnavailableError(
+        "The queue cannot be reached. What it may have accepted of this request is cancelled; retry in a moment."
     )
+    return error_response(away, request.scope)
 
 
-async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+def allowed_methods(request: Request) -> list[str]:
+    """Those of all routes of a path: Starlette tells those of the first."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    found = {method for route in routes if route.path_regex.match(request.url.path) for method in route.methods or ()}
+    head = {"HEAD"} if "GET" in found and not request.url.path.endswith("/events") else set()
+    return sorted(found | head | {"OPTIONS"})
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = str(error.detail)
     if error.status_code == 404:
         message = f"Unknown request URL: {request.method} {request.url.path}. GET /openapi.json lists what there is."
     elif error.status_code == 405:
-        message = f"Not allowed to {request.method} on {request.url.path}."
+        allowed = {"allow": ", ".join(allowed_methods(request))}
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=allowed)
+        message = f"Not allowed to {request.method} on {request.url.path}. Allowed: {allowed['allow']}."
+        return error_response(HttpMethodError(message), request.scope, allowed)
     problem = InvalidRequestError(message, code=HTTP_CODES.get(error.status_code))
     problem.status = error.status_code
-    return error_response(problem, error.headers)
+    return error_response(problem, request.scope, error.headers)
 
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return error_response(invalid_request(most_specific(error.errors())))
-
-
-async def _on_bug(request: Request, error: Exception) -> JSONResponse:
-    log.error("unexpected error", path=request.url.path, exc_info=error)
-    return error_response(FastchatQError("The server had an error while processing your request. Its log says more."))
+    return error_response(invalid_request(most_specific(error.errors())), request.scope)
 
 
 def most_specific(details: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -113,10 +135,14 @@ BRANCHES = ("constrained-", "dict[", "function-", "list[", "literal[", "nullable
 """How pydantic spells branches of unions, beside "str" and the names of classes; they are not part of a path."""
 
 
+PLACES = ("body", "query", "path", "header")
+"""Where FastAPI found a parameter; no part of its name."""
+
+
 def _path(location: Sequence[int | str], last: str = "") -> str:
     """('body', 'messages', 0, 'content', 'str') -> messages[0].content; ``last`` is added as it is."""
     path = ""
-    for part in location[1:] if location[:1] == ("body",) else location:
+    for part in location[1:] if location[:1] and location[0] in PLACES else location:
         if isinstance(part, int):
             path += f"[{part}]" if path else ""
         elif part != "str" and not part.startswith(BRANCHES) and not part[:1].isupper():

@@ -75,7 +75,7 @@ class Relay:
                 if accepted.job_id != job.id:
                     self._close(stream)
                     stream = self._open(job.model, accepted.job_id, 0, None)
-                    await self._attach(stream, terms.tenant)
+                    await self._attach(stream, terms.tenant, 0)
                     return stream
         except BaseException as error:
             self._close(stream)
@@ -87,22 +87,26 @@ class Relay:
             stream.place = accepted.place or None
         return stream
 
-    async def follow(self, model: str, job_id: str, after: int, tenant: str | None, *, had: int = 0) -> JobStream:
+    async def follow(
+        self, model: str, job_id: str, after: int, tenant: str | None, *, whole: bool = False, in_events: bool = False
+    ) -> JobStream:
         """The stream of a job, behind its first ``after`` tokens; whoever calls this also calls `leave`.
 
         Args:
-            had: events that the reader says it has, if these are not counted in tokens.
+            after: tokens that the reader has, or events, where these are counted otherwise.
             tenant: whose job it must be; None: anybody's.
+            whole: the stream begins with the first token all the same.
+            in_events: ``after`` counts events, of which an entry of the log may make several or none.
 
         Raises:
             JobNotFoundError: there is no such job, or it is somebody else's.
             InvalidRequestError: its tokens are not those any more that the reader has.
             redis.RedisError, TimeoutError: the server is away.
         """
-        stream = self._open(model, job_id, after, None)
+        stream = self._open(model, job_id, 0 if whole else after, None)
         try:
             async with asyncio.timeout(SUBMIT_S):
-                await self._attach(stream, tenant, had)
+                await self._attach(stream, tenant, after, in_events=in_events)
         except BaseException:
             self._close(stream)
             raise
@@ -144,9 +148,11 @@ class Relay:
             del self._streams[stream.job_id]
         return True
 
-    async def _attach(self, stream: JobStream, tenant: str | None, had: int = 0) -> None:
-        """From now on its events come here; those before are in the log."""
-        attached = await self._queue.attach(stream.model, stream.job_id, self._inbox, tenant, stream.start, had)
+    async def _attach(self, stream: JobStream, tenant: str | None, after: int, *, in_events: bool = False) -> None:
+        """From now on its events come here; those before are in the log. ``after``: what its reader has."""
+        attached = await self._queue.attach(
+            stream.model, stream.job_id, self._inbox, tenant, after, in_events=in_events
+        )
         if attached is None:
             raise JobNotFoundError(keys.public_job_id(stream.model, stream.job_id))
         if attached.void:

@@ -16,7 +16,7 @@ from fastchat_q.versions import known_fields
 from . import parts
 
 SERVICE_TIERS: dict[Lane, str] = {"hi": "default", "lo": "flex"}
-Form = Literal["chat", "embeddings", "rerank", "response"]
+Form = Literal["chat", "completion", "embeddings", "message", "rerank", "response", "text", "tokens"]
 """How an answer looks; ``answers`` has the functions of each."""
 ENDING_IDS = 3
 """Ids behind that of the last token: finish reason, usage, [DONE]."""
@@ -57,7 +57,7 @@ class View:
     @property
     def completion_id(self) -> str:
         """The ``id`` of the completion, and of each of its chunks."""
-        return f"chatcmpl-{self.job_id}"
+        return f"{'cmpl' if self.form == 'completion' else 'chatcmpl'}-{self.job_id}"
 
 
 def completion(view: View, events: Sequence[Event], end: End) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from .response_output import events_so_far, item_id
 from .response_request import IMAGE_URLS, ResponseRequest, asked
 from .response_store import Stored, context_of, load
 from .service import Service, service_of, tenant_of
-from .stream import INVALID_EVENT_ID
+from .stream import INVALID_EVENT_ID, EventId
 
 router = APIRouter(tags=["responses"])
 
@@ -66,13 +66,13 @@ async def retrieve_response(
     service, tenant = service_of(request), tenant_of(request)
     _check_include([*(include or ()), *(includes or ())])
     stored = await load(service, response_id, tenant)
-    after = event_id(last_event_id) if starting_after is None else starting_after
+    after = event_id(last_event_id if starting_after is None else starting_after)
     if not stream:
         if starting_after is not None:
             raise InvalidRequestError("'starting_after' is only allowed when 'stream' is true.", param="starting_after")
         return _reply(stored)
     events = events_so_far(stored.view, stored.deltas, stored.record.end())
-    if after is not None and after >= events:
+    if isinstance(after, EventId) or (after is not None and after >= events):
         raise InvalidRequestError(
             f"There is no going on behind the event {after}: the response has had {events} events, from 0 on. Read it "
             "from its beginning, without 'starting_after'.",

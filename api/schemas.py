@@ -14,12 +14,13 @@ from .fields import JsonObject, Strict, Text, field_error, without_neutral
 from .formats import ResponseFormat, StructuredOutputs
 from .media import Images
 from .messages import ChatMessage
-from .tools import NamedTool, Tool
+from .tools import AllowedTools, NamedTool, Tool
 
 MAX_STOP = 4
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKENS = 256
 MAX_TOOLS = 128
+MAX_METADATA = 16
 MAX_TOKEN_ID = 2**31 - 1
 LANES: dict[str | None, Lane] = {"flex": "lo"}
 TEMPLATE_OWN = frozenset(
@@ -33,6 +34,7 @@ TEMPLATE_OWN = frozenset(
 
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (None, True),
+    "add_special_tokens": (None, False),
     "allowed_token_ids": (None,),
     "audio": (None,),
     "bad_words": (None, []),
@@ -44,9 +46,11 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": (None, "none", "auto"),
     "functions": (None, []),
     "guided_choice": (None,),
+    "guided_decoding_backend": (None,),
     "guided_grammar": (None,),
     "guided_json": (None,),
     "guided_regex": (None,),
+    "guided_whitespace_pattern": (None,),
     "include_reasoning": (None, True),
     "include_stop_str_in_output": (None, False),
     "length_penalty": (None, 1),
@@ -55,12 +59,14 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (None,),
     "priority": (None, 0),
     "prompt_logprobs": (None,),
+    "return_token_ids": (None, False),
+    "return_tokens_as_token_ids": (None, False),
     "skip_special_tokens": (None, True),
     "spaces_between_special_tokens": (None, True),
     "store": (None, False),
     "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
-    "verbosity": (None,),
+    "verbosity": (None, "medium"),
     "web_search_options": (None,),
 }
 """Parameters of OpenAI and vLLM that this version does not implement, and the values that ask for nothing."""
@@ -68,12 +74,15 @@ INSTEAD = {
     "function_call": "tool_choice",
     "functions": "tools",
     "guided_choice": "structured_outputs",
+    "guided_decoding_backend": "structured_outputs",
     "guided_grammar": "structured_outputs",
     "guided_json": "structured_outputs",
     "guided_regex": "structured_outputs",
 }
 
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+MetadataKey = Annotated[Text, Field(max_length=64)]
+MetadataValue = Annotated[Text, Field(max_length=512)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 
 
@@ -92,11 +101,22 @@ def _token_biases(value: Any) -> Any:
     return value
 
 
+TokenBiases = Annotated[dict[str, float], BeforeValidator(_token_biases)]
+
+
+def _named(choice: str | NamedTool | AllowedTools | None) -> list[str]:
+    """The functions that a choice names."""
+    if isinstance(choice, AllowedTools):
+        return [tool.function.name for tool in choice.allowed_tools.tools]
+    return [choice.function.name] if isinstance(choice, NamedTool) else []
+
+
 class StreamOptions(Strict):
     """Options of a streamed answer."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
+    """Nothing is added to hide the lengths of tokens: who asks for it is refused."""
 
 
 class ChatRequest(Strict):
@@ -113,14 +133,14 @@ class ChatRequest(Strict):
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     presence_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
     frequency_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
-    logit_bias: Annotated[dict[str, float], BeforeValidator(_token_biases)] | None = None
+    logit_bias: TokenBiases | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKEN_ID)
@@ -149,7 +169,7 @@ class ChatRequest(Strict):
     prompt_cache_key: Text | None = None
     prompt_cache_retention: Text | None = None
     prompt_cache_options: JsonObject | None = None
-    metadata: dict[Text, Text] | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -182,8 +202,9 @@ class ChatRequest(Strict):
     def _check_tool_choice(self) -> None:
         choice = self.tool_choice
         names = [tool.function.name for tool in self.tools or ()]
-        if isinstance(choice, NamedTool) and choice.function.name not in names:
-            raise field_error("tool_choice", "No function of that name is among 'tools'", choice.function.name)
+        for name in _named(choice):
+            if name not in names:
+                raise field_error("tool_choice", "No function of that name is among 'tools'", name)
         if choice == "required" and not names:
             raise field_error("tool_choice", "It is only allowed when 'tools' are specified", choice)
 
@@ -200,7 +221,6 @@ class ChatRequest(Strict):
         Raises:
             InvalidRequestError: an image cannot be taken.
         """
-        choice = self.tool_choice
         return Job(
             id=str(ULID()),
             model=self.model,
@@ -208,40 +228,62 @@ class ChatRequest(Strict):
             messages=tuple(
                 [message.to_message(images, f"messages[{number}]") for number, message in enumerate(self.messages)]
             ),
-            sampling=self._sampling(),
-            tools=tuple([tool.to_object() for tool in self.tools or ()]),
-            tool_choice=f"function:{choice.function.name}" if isinstance(choice, NamedTool) else choice or "auto",
+            sampling=sampling_of(
+                self,
+                max_tokens=self.max_completion_tokens or self.max_tokens,
+                n=self.n,
+                logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            ),
+            tools=tuple([tool.to_object() for tool in self._tools()]),
+            tool_choice=self._tool_choice(),
             parallel_tool_calls=self.parallel_tool_calls is not False,
             template_kwargs=self._template_kwargs(),
         )
 
-    def _sampling(self) -> Sampling:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        guide = self.structured_outputs or self.response_format
-        asked = {
-            "max_tokens": self.max_completion_tokens or self.max_tokens,
-            "min_tokens": self.min_tokens,
-            "temperature": self.temperature,
-            "top_p": None if self.top_p is None else max(self.top_p, 1e-6),
-            "top_k": None if self.top_k is None else max(self.top_k, 0),
-            "min_p": self.min_p,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "repetition_penalty": self.repetition_penalty,
-            "logit_bias": self.logit_bias,
-            "seed": secrets.randbits(63) if self.seed is None else self.seed,
-            "seeded": self.seed is not None or None,
-            "stop": stop,
-            "stop_token_ids": self.stop_token_ids,
-            "ignore_eos": self.ignore_eos,
-            "n": self.n,
-            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
-            "guide": guide.to_guide() if guide is not None else None,
-        }
-        return Sampling.model_validate({name: value for name, value in asked.items() if value is not None})
+    def _tools(self) -> list[Tool]:
+        """Those that may be called: the model is not told of others, for nothing else keeps it from calling them."""
+        tools = self.tools or []
+        if isinstance(self.tool_choice, AllowedTools):
+            return [tool for tool in tools if tool.function.name in _named(self.tool_choice)]
+        return tools
+
+    def _tool_choice(self) -> str:
+        choice = self.tool_choice
+        if isinstance(choice, AllowedTools):
+            return choice.allowed_tools.mode
+        return f"function:{choice.function.name}" if isinstance(choice, NamedTool) else choice or "auto"
 
     def _template_kwargs(self) -> dict[str, Any]:
         kwargs = dict(self.chat_template_kwargs or {})
         if self.reasoning_effort is not None:
             kwargs["reasoning_effort"] = self.reasoning_effort
         return kwargs
+
+
+def sampling_of(body: Any, **own: Any) -> Sampling:
+    """How a request wants its tokens chosen, by the parameters that all requests for text share.
+
+    Args:
+        own: what requests of its kind say in their own way; None: nothing.
+    """
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    guide = body.structured_outputs or body.response_format
+    asked = {
+        "min_tokens": body.min_tokens,
+        "temperature": body.temperature,
+        "top_p": None if body.top_p is None else max(body.top_p, 1e-6),
+        "top_k": None if body.top_k is None else max(body.top_k, 0),
+        "min_p": body.min_p,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "repetition_penalty": body.repetition_penalty,
+        "logit_bias": body.logit_bias,
+        "seed": secrets.randbits(63) if body.seed is None else body.seed,
+        "seeded": body.seed is not None or None,
+        "stop": stop,
+        "stop_token_ids": body.stop_token_ids,
+        "ignore_eos": body.ignore_eos,
+        "guide": guide.to_guide() if guide is not None else None,
+        **own,
+    }
+    return Sampling.model_validate({name: value for name, value in asked.items() if value is not None})

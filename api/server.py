@@ -11,20 +11,24 @@ import uvloop
 from redis.asyncio import Redis
 
 from fastchat_q.addresses import check_exposure, check_port_free, http_base
+from fastchat_q.batches import Batches
 from fastchat_q.connection import connect
 from fastchat_q.credentials import KEY_FILE, load_or_create_api_key, load_or_create_pepper
+from fastchat_q.files import Files
 from fastchat_q.keystore import KeyStore
 from fastchat_q.loops import every
 from fastchat_q.queue import REAP_S, RECONCILE_S, Queue
 from fastchat_q.registry import HEARTBEAT_S, Registry, process_id
 from fastchat_q.sentinel import FOLLOW_S, follow_master
 from fastchat_q.settings import Settings
+from fastchat_q.storage import Storage
 
 from .app import create_app
 from .auth import Authenticator
 from .catalog import Catalog
 from .durability import Durability
 from .limits import Limits
+from .protocol import HttpProtocol
 from .relay import Relay
 from .remote_images import Fetcher
 from .service import Service
@@ -69,10 +73,22 @@ async def _serve(settings: Settings, secrets: tuple[str, str] | None) -> None:
     redis, blocking = connect(url), connect(url, blocking=True)
     catalog, registry, queue = Catalog(redis), Registry(redis), Queue(redis)
     relay, limits = Relay(redis, blocking, api_id, settings, catalog.slots), Limits(redis)
-    durability = Durability(redis)
+    durability, files = Durability(redis), Files(redis, Storage.of(settings))
     fetcher = Fetcher(settings.max_image_bytes) if settings.allow_remote_images else None
     authenticator = _authenticator(redis, secrets)
-    service = Service(settings, authenticator, catalog, limits, relay, redis, queue, durability, fetcher)
+    service = Service(
+        settings,
+        authenticator,
+        catalog,
+        limits,
+        relay,
+        redis,
+        queue,
+        durability,
+        files,
+        Batches(redis, files.storage),
+        fetcher,
+    )
 
     async def reap() -> None:
         for model in catalog.known():
@@ -87,7 +103,7 @@ async def _serve(settings: Settings, secrets: tuple[str, str] | None) -> None:
             create_app(service),
             host=settings.host,
             port=settings.port,
-            http="httptools",
+            http=HttpProtocol,
             ws="none",
             lifespan="off",
             proxy_headers=False,
@@ -116,6 +132,7 @@ async def _serve(settings: Settings, secrets: tuple[str, str] | None) -> None:
             log.info("serving", url=http_base(settings.host, settings.port), api=api_id, auth=settings.auth)
             await server.serve()
             await relay.settled(SETTLE_S)
+            await limits.settled(SETTLE_S)
             for task in loops:
                 task.cancel()
     finally:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from fastapi import Request
 from redis.asyncio import Redis
 
+from fastchat_q.batches import Batches
+from fastchat_q.files import Files
 from fastchat_q.queue import Queue
 from fastchat_q.settings import Settings
 
@@ -28,6 +30,8 @@ class Service:
     redis: "Redis"
     queue: Queue
     durability: Durability
+    files: Files
+    batches: Batches
     fetcher: Fetcher | None = None
     """None: images are not fetched."""
 

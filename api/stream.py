@@ -10,6 +10,7 @@ import io
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from fastchat_q.errors import FastchatQError
 from fastchat_q.events import Delta, End, Event, Piece, Result, Usage, encode_payload
@@ -23,6 +24,15 @@ INVALID_EVENT_ID = "invalid_event_id"
 """Code of the error that answers an id which cannot be continued behind."""
 MAX_BACKLOG = 256
 """Events that wait for the reader at the most."""
+
+
+class EventId(NamedTuple):
+    """Of the m-th event that the entry makes which brings the tokens to n, as ``n.m``: where an entry can make more
+    events than it has tokens, and an event depends on all those before. Elsewhere an id is a count of tokens.
+    """
+
+    n: int
+    m: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,9 @@ log = structlog.get_logger()
 COMMENT_S = 5.0
 """A waiting stream gets a comment when its place changes, and this often in any case."""
 PING_S = 15
+PING = b": ping\n"
+"""Without an empty line behind it: OpenAI's clients take one for the end of an event once they have seen an id, and
+fail on its missing data."""
 
 
 class JobStreamResponse(EventSourceResponse):
@@ -30,6 +33,7 @@ class JobStreamResponse(EventSourceResponse):
         body: AsyncIterator[bytes],
         headers: dict[str, str],
         drain_s: float,
+        ping: bytes = PING,
     ) -> None:
         # Without sse-starlette's send_timeout, which opens a cancel scope for every chunk, a sixth of a token's cost:
         # the relay looks after clients that read nothing, once a second for all of them.
@@ -38,7 +42,7 @@ class JobStreamResponse(EventSourceResponse):
             headers=headers,
             sep="\n",
             ping=PING_S,
-            ping_message_factory=_ping,  # type: ignore[arg-type]  # bytes are sent as they are
+            ping_message_factory=lambda: ping,  # type: ignore[arg-type, return-value]  # bytes are sent as they are
             shutdown_grace_period=drain_s,
         )
         self._stream, self._leave = stream, leave
@@ -53,12 +57,6 @@ class JobStreamResponse(EventSourceResponse):
             log.info("client stalled", job=self._stream.job_id, backlog=self._stream.backlog)
         finally:
             self._leave()
-
-
-def _ping() -> bytes:
-    # Without an empty line behind it: the official clients take one for the end of an event once they have seen an id,
-    # and fail on its missing data.
-    return b": ping\n"
 
 
 async def sse(stream: JobStream, first: list[Event], writer: Writer) -> AsyncIterator[bytes]:
@@ -77,7 +75,9 @@ async def sse(stream: JobStream, first: list[Event], writer: Writer) -> AsyncIte
         events = await stream.take(1.0)
         quiet_s += 1.0
     failed = isinstance(events[0], End) and events[0].error() is not None
-    yield writer.events(events) if failed else writer.role() + writer.events(events)
+    opening = writer.events(events) if failed else writer.role() + writer.events(events)
+    if opening:
+        yield opening
     while not isinstance(events[-1], End):
         events = await stream.take()
         chunk = writer.events(events)

@@ -40,3 +40,17 @@ class NamedTool(Strict):
 
     type: Literal["function"]
     function: FunctionName
+
+
+class Subset(Strict):
+    """Some of the tools, and whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1)
+
+
+class AllowedTools(Strict):
+    """The tools that may be called, of those that the request has."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: Subset

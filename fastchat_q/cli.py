@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import __version__, cli_dead, cli_jobs, cli_keys, cli_models, cli_queue
+from . import __version__, cli_batch, cli_dead, cli_jobs, cli_keys, cli_models, cli_queue, cli_run
 from .choices import (
     KIND_OF_ENGINE,
     STALL_S,
@@ -33,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text: errors stay one line that can be searched for
 )
+app.add_typer(cli_batch.app)
 app.add_typer(cli_keys.app)
 app.add_typer(cli_jobs.app)
 app.add_typer(cli_dead.app)
@@ -313,14 +314,14 @@ def plan(
 
 @app.command()
 def orchestrator(state_dir: StateDir = None, redis_url: RedisUrl = None) -> None:
-    """Run the orchestrator: housekeeping in short ticks."""
+    """Run the orchestrator: batches and housekeeping, in short ticks."""
     from . import logs
 
     logs.configure()
     settings = load_settings(state_dir=state_dir, redis_url=redis_url)
     from .api.orchestrator import run
 
-    run(settings.resolved_redis_url, settings.orchestrator_redis_url)
+    run(settings)
 
 
 @app.command(
@@ -338,6 +339,10 @@ def redis(context: typer.Context, state_dir: StateDir = None, redis_url: RedisUr
         cli_acl.run(context.args[1:])
     settings = load_settings(state_dir=state_dir, redis_url=redis_url)
     raise typer.Exit(prompt.run(settings.resolved_redis_url, context.args))
+
+
+app.command("run")(cli_run.run)
+app.command("embed")(cli_run.embed)
 
 
 def main() -> None:

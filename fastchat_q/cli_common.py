@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
-EXIT_FAILED, EXIT_USAGE, EXIT_REDIS, EXIT_NOT_FOUND = 1, 2, 3, 4
+EXIT_FAILED, EXIT_USAGE, EXIT_AWAY, EXIT_NOT_FOUND = 1, 2, 3, 4
 REACH_S = 5.0
 
 RedisUrl = Annotated[
@@ -29,6 +29,14 @@ RedisUrl = Annotated[
 ]
 StateDir = Annotated[Path | None, typer.Option("--state-dir", help="Where data, key and logs are kept.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")]
+BaseUrl = Annotated[
+    str | None,
+    typer.Option("--base-url", help="An API server, as http://host:port/v1. [default: the one that `up` runs]"),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--api-key", help="Others can see it in the list of processes: FASTCHAT_Q_API_KEY is safer."),
+]
 T = TypeVar("T")
 
 
@@ -105,7 +113,7 @@ def with_redis(settings: "Settings", action: "Callable[[Redis], Awaitable[T]]") 
         fail(
             f"Redis is not reachable at {without_password(settings.resolved_redis_url)}: {why}. "
             "`fastchat-q up` starts one; --redis-url or FASTCHAT_Q_REDIS_URL names another.",
-            EXIT_REDIS,
+            EXIT_AWAY,
         )
     except RedisError as error:
         fail(f"Redis refuses: {error}. Look at its memory and its log: fastchat-q redis INFO memory")

@@ -5,18 +5,26 @@
     FastchatQError                       500 server_error
     ├── InvalidRequestError              400 invalid_request_error
     │   ├── ContextLengthError           400 context_length_exceeded
+    │   ├── RequestTimeoutError          408 request_timeout
     │   └── RequestTooLargeError         413 request_too_large
     ├── AuthenticationError              401 invalid_api_key
     ├── PermissionDeniedError            403 insufficient_scope
     │   └── ModelNotAllowedError         403 model_not_allowed
     ├── ModelNotFoundError               404 model_not_found
     ├── IdempotencyConflictError         422 idempotency_key_reused
+    ├── UnknownFileError                 404 file_not_found
+    ├── UnknownBatchError                404 batch_not_found
+    ├── StorageQuotaError                403 storage_quota_exceeded
     ├── RateLimitError                   429 rate_limit_exceeded   with Retry-After
+    ├── QuotaError                       429 insufficient_quota
     ├── QueueFullError                   429 queue_full            with Retry-After
+    ├── TooManyBatchesError              429 too_many_batches      with Retry-After
     ├── QueueDrainingError               503 queue_draining        with Retry-After
     ├── NoWorkerError                    503 no_worker             with Retry-After
     ├── LoadFailedError                  503 load_failed           with Retry-After
     ├── QueueUnavailableError            503 queue_unavailable     with Retry-After
+    ├── StorageUnavailableError          503 storage_unavailable   with Retry-After
+    ├── StorageFullError                 507 storage_full
     ├── DeadlineError                    504 deadline_exceeded
     ├── JobFailedError                   500, or what the worker's error says
     │   └── RetryableError               the worker's trouble, not the job's: tried again with backoff
@@ -75,6 +83,13 @@ class RequestTooLargeError(InvalidRequestError):
 
     status = 413
     code = "request_too_large"
+
+
+class RequestTimeoutError(InvalidRequestError):
+    """The body was not whole in time."""
+
+    status = 408
+    code = "request_timeout"
 
 
 class AuthenticationError(FastchatQError):
@@ -145,6 +160,18 @@ class RateLimitError(FastchatQError):
         self.retry_after_s, self.headers = retry_after_s, headers
 
 
+class QuotaError(FastchatQError):
+    """The key has used up the tokens that it was given; nothing was queued. Waiting does not help."""
+
+    status = 429
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+
+    def __init__(self, message: str, *, headers: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.headers = {**headers, "x-should-retry": "false"}  # the official clients would try again
+
+
 class QueueFullError(FastchatQError):
     """The lane, or the tenant's share of it, holds as many waiting jobs as it may."""
 
@@ -153,7 +180,9 @@ class QueueFullError(FastchatQError):
     code = "queue_full"
     max_retry_after_s = 600
 
-    def __init__(self, message: str, wait_s: float) -> None:
+    def __init__(self, message: str, wait_s: float, *, own: bool = False) -> None:
+        """``own``: it is the tenant's share that is full."""
+        self.own = own
         self.retry_after_s = min(max(math.ceil(wait_s), 1), self.max_retry_after_s)
         super().__init__(f"{message} (in about {self.retry_after_s} s).")
 
@@ -195,6 +224,61 @@ class QueueUnavailableError(FastchatQError):
     status = 503
     code = "queue_unavailable"
     retry_after_s = 2
+
+
+class UnknownFileError(FastchatQError):
+    """No such file, or not the caller's, or it was deleted or has expired."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "file_not_found"
+
+    def __init__(self, file_id: str) -> None:
+        super().__init__(f"No such File object: {file_id[:80]}", param="id")
+
+
+class UnknownBatchError(FastchatQError):
+    """No such batch, or not the caller's."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "batch_not_found"
+
+    def __init__(self, batch_id: str) -> None:
+        super().__init__(f"No batch found with id '{batch_id[:80]}'.", param="batch_id")
+
+
+class TooManyBatchesError(FastchatQError):
+    """The tenant has as many open batches as it may; nothing was accepted."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "too_many_batches"
+    retry_after_s = 60
+
+
+class StorageQuotaError(FastchatQError):
+    """The tenant's files take as much room as they may; nothing was kept."""
+
+    status = 403
+    type = "insufficient_quota"
+    code = "storage_quota_exceeded"
+
+
+class StorageUnavailableError(FastchatQError):
+    """The storage of files cannot be reached, or refuses; nothing was kept."""
+
+    status = 503
+    code = "storage_unavailable"
+    retry_after_s = 5
+
+
+class StorageFullError(FastchatQError):
+    """The storage of files has no room left; nothing was kept. Sending a file again at once would not help."""
+
+    status = 507
+    code = "storage_full"
+    headers = MappingProxyType({"x-should-retry": "false"})
 
 
 class DeadlineError(FastchatQError):

@@ -251,3 +251,82 @@ PEPPER = "fq:pepper"
 def rate_limit(key_id: str) -> str:
     """Hash: the two buckets of an API key. TTL: until both are full again, at the most about a minute."""
     return f"fq:rl:{{{key_id}}}"
+
+
+_FILES = "fq:files:{f}:"
+"""One hash tag: a file is added to all of its indexes, and taken out, in one step."""
+
+
+def file_record(file_id: str) -> str:
+    """String: the record of a file, as JSON; the storage has the same beside the file. Until the file is deleted."""
+    return f"{_FILES}id:{file_id}"
+
+
+def files_of(tenant: str) -> str:
+    """Zset of file ids, all with score 0 and so in the order of their ids, which is that of time: a tenant's files."""
+    return f"{_FILES}of:{tenant}"
+
+
+FILES = f"{_FILES}all"
+"""Zset, as `files_of`: everybody's files."""
+
+FILE_EXPIRY = f"{_FILES}expiry"
+"""Zset: file id -> unix seconds at which it is deleted. Files that expire."""
+
+FILE_BYTES = f"{_FILES}bytes"
+"""Hash: tenant -> bytes of its files."""
+
+FILES_COMPARED = f"{_FILES}compared"
+"""String: there while the indexes need no comparison with the storage. TTL 1 h; gone with all else that Redis loses."""
+
+FILE_STORAGE = f"{_FILES}storage"
+"""String: the id of the storage that the files are in, so that processes with another one are noticed. No TTL."""
+
+EVERY_FILE_KEY = f"{_FILES}*"
+"""Glob pattern, for access rules."""
+
+
+def token_use(key_id: str) -> str:
+    """String: tokens that an API key with a quota has used, reservations included. Until the key is revoked."""
+    return f"fq:use:{{{key_id}}}"
+
+
+_BATCHES = "fq:batches:{b}:"
+"""One hash tag: a batch is written with all its indexes in one step."""
+
+
+def batch(batch_id: str) -> str:
+    """Hash ``{rank, json}``: a batch as GET shows it. The storage is the truth, and can make it again. As the batch."""
+    return f"{_BATCHES}id:{batch_id}"
+
+
+def batches_of(tenant: str) -> str:
+    """Zset of batch ids, all with score 0 and so in the order of time: a tenant's batches."""
+    return f"{_BATCHES}of:{tenant}"
+
+
+def open_batches_of(tenant: str) -> str:
+    """Set of batch ids: a tenant's batches that have not ended."""
+    return f"{_BATCHES}open:{tenant}"
+
+
+BATCHES = f"{_BATCHES}all"
+"""Zset, as `batches_of`: everybody's batches."""
+
+OPEN_BATCHES = f"{_BATCHES}open"
+"""Zset: batch id -> rank. Batches that have not ended: what ticks are for."""
+
+BATCH_TICKS = f"{_BATCHES}ticks"
+"""Hash: batch id -> ticks begun so far. Names the next one, so that one at the most waits. While the batch is open."""
+
+BATCHES_INDEXED = f"{_BATCHES}indexed"
+"""String: there while the indexes are whole; gone with all else that Redis loses. No TTL."""
+
+
+def batch_lease(batch_id: str) -> str:
+    """String: who drives the batch at the moment. TTL 6 s, renewed while the tick runs."""
+    return f"{_BATCHES}lease:{batch_id}"
+
+
+EVERY_BATCH_KEY = f"{_BATCHES}*"
+"""Glob pattern, for access rules."""

@@ -1,5 +1,6 @@
 """API keys in Redis: made, found by digest, listed, revoked. It keeps no key, and decides nothing about a request."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from redis.asyncio import Redis
@@ -73,6 +74,36 @@ class KeyStore:
         """Every key, oldest first, expired ones included: two round trips."""
         return sorted((record for record, _ in await self._all()), key=lambda r: (r.created, r.caller.key_id))
 
+    async def used(self, records: Sequence[ApiKey]) -> list[int]:
+        """Tokens that these keys have used of their quotas."""
+        if not records:
+            return []
+        pipe = self._redis.pipeline(transaction=False)
+        for record in records:
+            pipe.get(keys.token_use(record.caller.key_id))
+        return [int(count or 0) for count in await pipe.execute()]
+
+    async def set_quota(self, id_or_name: str, change: Callable[[int | None], int | None]) -> ApiKey:
+        """Gives a key another quota, or none; API servers know it within seconds. What was used stays used.
+
+        Args:
+            change: from the quota that it has to the one that it gets.
+
+        Raises:
+            UnknownKeyError: there is no such key.
+            AmbiguousNameError: several have this name; the message lists their ids. Nothing was changed.
+            ValueError: it is no quota.
+        """
+        record, found_by = await self._one(id_or_name)
+        fields = record.caller.model_dump() | {"token_quota": change(record.caller.token_quota)}
+        changed = record.model_copy(update={"caller": Caller.model_validate(fields)})
+        name = keys.api_key(found_by)
+        if changed.caller.token_quota is None:
+            await self._redis.hdel(name, "token_quota")  # type: ignore[misc]
+        else:
+            await self._redis.hset(name, "token_quota", str(changed.caller.token_quota))  # type: ignore[misc]
+        return changed
+
     async def revoke(self, id_or_name: str) -> ApiKey:
         """Deletes a key; API servers refuse it within seconds.
 
@@ -80,6 +111,15 @@ class KeyStore:
             UnknownKeyError: there is none.
             AmbiguousNameError: several have this name; the message lists their ids. Nothing was deleted.
         """
+        record, found_by = await self._one(id_or_name)
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.delete(keys.api_key(found_by))
+        pipe.delete(keys.token_use(record.caller.key_id))
+        pipe.hdel(keys.API_KEYS, record.caller.key_id)
+        await pipe.execute()
+        return record
+
+    async def _one(self, id_or_name: str) -> tuple[ApiKey, str]:
         rows = await self._all()
         found = [row for row in rows if row[0].caller.key_id == id_or_name]
         found = found or [row for row in rows if row[0].name == id_or_name]
@@ -88,12 +128,7 @@ class KeyStore:
         if len(found) > 1:
             ids = ", ".join(sorted(record.caller.key_id for record, _ in found))
             raise AmbiguousNameError(f"{len(found)} API keys are named {id_or_name!r}. Name one of: {ids}")
-        [(record, found_by)] = found
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.delete(keys.api_key(found_by))
-        pipe.hdel(keys.API_KEYS, record.caller.key_id)
-        await pipe.execute()
-        return record
+        return found[0]
 
     async def _all(self) -> list[tuple[ApiKey, str]]:
         index: dict[bytes, bytes] = await self._redis.hgetall(keys.API_KEYS)  # type: ignore[misc]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from redis.asyncio import Redis
 
 from . import keys, scripts
-from .errors import IdempotencyConflictError, QueueDrainingError, QueueFullError
+from .errors import FastchatQError, IdempotencyConflictError, QueueDrainingError, QueueFullError
 from .events import Result
 from .jobs import Job
 
@@ -180,41 +180,35 @@ class Queue:
             QueueDrainingError: the queue takes nothing at the moment; nothing was stored.
             IdempotencyConflictError: the idempotency key belongs to another request.
         """
-        key_digest, body_digest = terms.idempotency or ("", "")
+        key_digest, _ = terms.idempotency or ("", "")
         is_new_key = bool(key_digest) and await self._reserve_key(job, terms, key_digest)
-        args: tuple[scripts.Arg, ...] = (
-            job.id,
-            job.lane,
-            ("* " if terms.detached else "") + terms.inbox,
-            job.to_spec(),
-            terms.max_waiting,
-            _ms(terms.queue_deadline_s),
-            _ms(terms.deadline_s),
-            MAX_DEATHS,
-            terms.tenant,
-            str(terms.weight),
-            job.cost,
-            terms.max_queued,
-            terms.max_parallel,
-            _ms(terms.keep_s),
-            terms.view,
-            f"{terms.tenant}:{key_digest}" if key_digest else "",
-            body_digest,
-            terms.slots,
-            *(part for entry in had for part in entry),
-        )
-        verdict, *details = await self._call("enqueue", job.model, args)
-        if verdict == b"new":
-            return Accepted(job.id, details[0])
-        if verdict == b"dup":
-            return Accepted(details[0].decode(), 0)
-        if verdict == b"conflict":
-            raise IdempotencyConflictError
-        if is_new_key:
-            await self._redis.delete(keys.idempotent_model(terms.tenant, key_digest))
-        if verdict == b"draining":
-            raise QueueDrainingError(f"The queue of model {job.model!r} is being drained and takes nothing new.")
-        raise _full(job, terms, *details)
+        reply = await self._call("enqueue", job.model, _enqueue_args(job, terms, had))
+        try:
+            return _accepted(job, terms, reply)
+        except (QueueFullError, QueueDrainingError):
+            if is_new_key:
+                await self._redis.delete(keys.idempotent_model(terms.tenant, key_digest))
+            raise
+
+    async def enqueue_many(self, jobs: Sequence[tuple[Job, Terms]]) -> list[Accepted | FastchatQError]:
+        """`enqueue` of many in one round trip; without idempotency keys. What is refused stands as its error.
+
+        Raises:
+            redis.RedisError: the server is away or refuses; some may have been accepted.
+        """
+        calls = [
+            scripts.Call("enqueue", keys.model_keys(job.model).script_keys, _enqueue_args(job, terms))
+            for job, terms in jobs
+        ]
+        outcomes: list[Accepted | FastchatQError] = []
+        for (job, terms), reply in zip(jobs, await scripts.call_many(self._redis, calls), strict=True):
+            if isinstance(reply, Exception):
+                raise reply
+            try:
+                outcomes.append(_accepted(job, terms, reply))
+            except (QueueFullError, QueueDrainingError) as error:
+                outcomes.append(error)
+        return outcomes
 
     async def claim(
         self,
@@ -333,19 +327,26 @@ class Queue:
         return before.decode()
 
     async def attach(
-        self, model: str, job_id: str, inbox: str, tenant: str | None = None, after: int = 0, events: int = 0
+        self,
+        model: str,
+        job_id: str,
+        inbox: str,
+        tenant: str | None = None,
+        after: int = 0,
+        *,
+        in_events: bool = False,
     ) -> Attached | None:
         """From now on the job's events go to ``inbox`` too, if it has not ended.
 
         Args:
             tenant: whose job it must be; None: anybody's.
             after: tokens that the reader says it has.
-            events: events that it says it has, where an entry of the log is more than one or less.
+            in_events: they are events, of which an entry of the log may make several or none.
 
         Returns:
             None if there is no such job.
         """
-        reply = await self._call("attach", model, (job_id, inbox, tenant or "", after, events))
+        reply = await self._call("attach", model, (job_id, inbox, tenant or "", after, int(in_events)))
         return None if reply is None else Attached(reply[0], bool(reply[1]))
 
     async def restore(self, model: str, job_id: str, have: int, lost: Sequence[LogEntry] = ()) -> int:
@@ -378,6 +379,50 @@ class Queue:
 
     async def _call(self, name: str, model: str, args: Sequence[scripts.Arg]) -> Any:
         return await scripts.call(self._redis, name, keys.model_keys(model).script_keys, args)
+
+
+def _enqueue_args(job: Job, terms: Terms, had: Sequence[LogEntry] = ()) -> tuple[scripts.Arg, ...]:
+    key_digest, body_digest = terms.idempotency or ("", "")
+    return (
+        job.id,
+        job.lane,
+        ("* " if terms.detached else "") + terms.inbox,
+        job.to_spec(),
+        terms.max_waiting,
+        _ms(terms.queue_deadline_s),
+        _ms(terms.deadline_s),
+        MAX_DEATHS,
+        terms.tenant,
+        str(terms.weight),
+        job.cost,
+        terms.max_queued,
+        terms.max_parallel,
+        _ms(terms.keep_s),
+        terms.view,
+        f"{terms.tenant}:{key_digest}" if key_digest else "",
+        body_digest,
+        terms.slots,
+        *(part for entry in had for part in entry),
+    )
+
+
+def _accepted(job: Job, terms: Terms, reply: Any) -> Accepted:
+    verdict, *details = reply
+    if verdict == b"new":
+        return Accepted(job.id, details[0])
+    if verdict == b"dup":
+        return Accepted(details[0].decode(), 0)
+    if verdict == b"conflict":
+        raise IdempotencyConflictError
+    if verdict == b"draining":
+        raise QueueDrainingError(f"The queue of model {job.model!r} is being drained and takes nothing new.")
+    raise _full(job, terms, *details)
+
+
+def cancel_call(model: str, job_id: str, reason: str) -> scripts.Call:
+    """The CANCEL of one job, whoever waits for it."""
+    args = (job_id, reason, keys.WORKER_CHANNEL_PREFIX, "", "", "", 0)
+    return scripts.Call("cancel", keys.model_keys(model).script_keys, args)
 
 
 def finish_call(model: str, finish: Finish) -> scripts.Call:
@@ -433,7 +478,7 @@ def _full(job: Job, terms: Terms, what: bytes, waiting: int, service_ms: int) ->
             f"The queue of model {job.model!r} is full: {waiting} jobs wait, the limit is {terms.max_waiting}. "
             "Retry later"
         )
-    return QueueFullError(message, wait_s)
+    return QueueFullError(message, wait_s, own=what == b"tenant")
 
 
 def _claim(job_id: bytes, fence: bytes, attempt: int, n: int, lane: bytes, retries: int, spec: bytes) -> Claim:

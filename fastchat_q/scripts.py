@@ -28,7 +28,7 @@ TRANSITIONS = (
     "drop",
     "forget",
 )
-STANDALONE = ("limit",)
+STANDALONE = ("limit", "file_add", "file_remove", "batch_put")
 """Scripts with KEYS of their own, and no shared code."""
 NAMES = (*TOKEN_PATH, *TRANSITIONS, *STANDALONE)
 

@@ -2,13 +2,17 @@
 
 import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MAX_SOCKET_PATH = 100  # bytes; sun_path holds 104 on macOS and 108 on Linux
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@,*]+")
 
 
 def default_state_dir() -> Path:
@@ -38,11 +42,19 @@ class Settings(BaseSettings):
     """Ask for a bearer key. Can only be switched off on a loopback address."""
     api_key: SecretStr | None = None
     """The key clients send. None: the one in the state directory, made at the first start."""
+    base_url: str | None = None
+    """The API server that ``run``, ``embed`` and ``batch`` ask. None: the one that ``up`` runs on the state directory,
+    else the one at ``host`` and ``port``."""
     key_pepper: SecretStr | None = None
     """The secret that API keys are hashed with: the same for all API servers and for ``fastchat-q key``. None: the one
     in the state directory, made when first needed."""
     max_body_bytes: int = Field(default=1024 * 1024, ge=1024)
     """A request larger than this is refused with 413, before anything is queued."""
+    body_timeout_s: float = Field(default=120.0, gt=0)
+    """A request whose body is not whole by then is refused with 408."""
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    """Web pages of these origins may ask, such as https://chat.example.org,http://localhost:3000; * stands for all.
+    They need a key all the same, and cookies are never sent."""
     max_images: int = Field(default=16, ge=0)
     """Images that a request may hold."""
     max_image_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024)
@@ -54,6 +66,21 @@ class Settings(BaseSettings):
     """Of an image, decoded or fetched."""
     max_inputs: int = Field(default=2048, ge=1)
     """Texts that a request may have embedded, or ranked."""
+    storage_url: str | None = None
+    """Where files are kept: file:///folder, s3://bucket/prefix, gs://… or az://…, with credentials from the variables
+    of each. None: the folder ``files`` in the state directory. API servers and the orchestrator must share it."""
+    max_file_bytes: int = Field(default=200 * 1024 * 1024, ge=1)
+    """Of an uploaded file."""
+    max_stored_bytes: int = Field(default=10 * 1024**3, ge=1)
+    """Of all files of one tenant; beyond it uploads are refused."""
+    max_batch_lines: int = Field(default=50_000, ge=1)
+    """Requests that a batch may hold."""
+    max_open_batches: int = Field(default=32, ge=1)
+    """Batches of one tenant that have not ended; the next is answered with 429."""
+    batch_window: int = Field(default=512, ge=1)
+    """Jobs that all open batches together keep in the queue: they share it equally."""
+    batch_window_bytes: int = Field(default=64 * 1024 * 1024, ge=1)
+    """The same in bytes of requests, so that large ones do not fill Redis."""
     max_waiting: int = Field(default=2048, ge=1)
     """Waiting jobs a lane of one model may hold; the next is answered with 429."""
     queue_deadline_s: float = Field(default=600.0, gt=0)
@@ -81,6 +108,19 @@ class Settings(BaseSettings):
     tenant_headroom: float = Field(default=0.125, ge=0, lt=1)
     """The part of a worker's slots that a tenant which runs more than its share leaves free while other tenants came
     within the last 10 s; at least one of four slots and more. 0: none."""
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin: write it as https://host or https://host:port, or *")
+        return origins
 
     @property
     def socket_path(self) -> Path:

@@ -23,6 +23,7 @@ LAST_SHOWN = 4
 """Characters of a key that are kept, so that people find the one they hold in a list."""
 
 Limit = Annotated[int, Field(ge=1, le=10**9)]
+Quota = Annotated[int, Field(ge=1, le=10**15)]
 Tenant = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 ModelPattern = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -45,6 +46,8 @@ class Caller(BaseModel):
     """Requests a minute."""
     tpm: Limit | None = None
     """Tokens a minute, prompt and completion."""
+    token_quota: Quota | None = None
+    """Tokens ever, prompt and completion."""
     max_parallel: Limit | None = None
     """Running jobs."""
     max_queued: Limit | None = None

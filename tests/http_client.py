@@ -43,8 +43,8 @@ class Connection:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=30)
         self.all_open.append(self)
         self._buffer = b""
-        self.ids: list[int] = []
-        """The ids of the events so far."""
+        self.ids: list[Any] = []
+        """The ids of the events so far; those with a point in them as text."""
 
     def send(
         self, body: Any, *, path: str = CHAT, method: str = "POST", headers: dict[str, str | None] | None = None
@@ -79,7 +79,7 @@ class Connection:
                 block = block.removeprefix(b": ping\n")
                 if block.startswith(b"id: "):
                     event_id, _, block = block.removeprefix(b"id: ").partition(b"\n")
-                    self.ids.append(int(event_id))
+                    self.ids.append(int(event_id) if event_id.isdigit() else event_id.decode())
                 yield block.decode()
 
     def reply(self) -> Reply:
@@ -90,7 +90,8 @@ class Connection:
         size = int(headers.get("content-length", "0"))
         while len(self._buffer) < size:
             self._buffer += self._receive()
-        return Reply(status, headers, self._buffer[:size])
+        body, self._buffer = self._buffer[:size], self._buffer[size:]
+        return Reply(status, headers, body)
 
     def peek(self) -> str:
         """Reads on until some bytes are there that no event was made of yet, and returns them."""

@@ -1,20 +1,25 @@
 """The Redis users that `fastchat-q redis acl` prints: each process works with its own, and can do nothing beyond."""
 
+import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import openai
 import pytest
 import redis as sync_redis
 from redis.exceptions import AuthenticationError, NoPermissionError
 
-from fastchat_q import keys
+from fastchat_q import keys, upkeep
 from fastchat_q.connection import connect
+from fastchat_q.files import Files
 from fastchat_q.records import read_record
+from fastchat_q.storage import Storage
 
 from .http_client import post
 from .servers import KINDS
@@ -99,6 +104,12 @@ def test_a_chat_a_key_with_limits_and_housekeeping_work_and_redis_denies_none_of
         assert reply.status == 200, reply.body
         assert b"who" in reply.body
         assert int(reply.headers["x-ratelimit-remaining-requests"]) in (7, 8)
+    made = openai.OpenAI(base_url=f"http://127.0.0.1:{secured.port}/v1", api_key=key, max_retries=0)
+    with made as client:
+        file = client.files.create(file=b"1", purpose="batch")
+        assert [entry.id for entry in client.files.list()] == [file.id]
+        asyncio.run(tidy(secured))
+        assert list(client.files.list()) == []
     wait_until(lambda: "housekeeping" in secured.processes["orchestrator"].output(), "a tick")
     with closing(secured.client("metrics")) as metrics:
         wait_until(lambda: metrics.exists(keys.ORCHESTRATOR_HEALTH), "the orchestrator says that it lives")
@@ -106,6 +117,20 @@ def test_a_chat_a_key_with_limits_and_housekeeping_work_and_redis_denies_none_of
     for role in ("api", "worker", "orchestrator"):
         assert secured.processes[role].alive
         assert "permission" not in secured.processes[role].output().lower()
+
+
+async def tidy(secured: Secured) -> None:
+    """All that the orchestrator does for files, with its rights."""
+    redis, storage = connect(secured.url("orchestrator")), Storage(f"file://{secured.folder}/files")
+    in_a_month = time.time() + 31 * 24 * 3600
+    async with redis:
+        files = Files(redis, storage)
+        await redis.delete(keys.FILES_COMPARED)
+        [record], _ = await files.list(None)
+        await files.forget(record)
+        assert await upkeep.tick(files, redis) == upkeep.Upkeep(indexed=1)
+        assert await upkeep.tick(files, redis, lambda: in_a_month) == upkeep.Upkeep(expired=1)
+        await files.create(b"1", tenant="t", filename="x", purpose="batch_output")
 
 
 READ_ONLY = ("make an API key", "delete an API key", "be a worker")
@@ -126,6 +151,7 @@ FORBIDDEN: list[tuple[str, str, Do]] = [
     ("api", "make an API key", lambda r: r.hset(keys.api_key("a" * 64), "tenant", "mine")),
     ("api", "delete an API key", lambda r: r.delete(keys.api_key("a" * 64))),
     ("api", "be a worker", lambda r: r.hset(keys.worker("w"), "pid", "1")),
+    ("worker", "read the record of a file", lambda r: r.get(keys.file_record("file-1"))),
     ("api", "see all key names", lambda r: r.keys("*")),
     ("api", "drop everything", lambda r: r.flushall()),
     ("api", "set a user", lambda r: r.acl_setuser("mallory", enabled=True)),

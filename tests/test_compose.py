@@ -264,11 +264,18 @@ def test_the_data_outlives_its_containers() -> None:
     mounted = {name: service["volumes"] for name, service in SERVICES.items() if "volumes" in service}
     assert mounted == {
         "redis": ["redis-data:/data"],
-        "api": ["state:/state"],
+        "api": ["state:/state", "files:/files"],
+        "orchestrator": ["files:/files"],
         "worker": ["models:/models"],
         "worker-gpu": ["models:/models"],
     }
-    assert set(COMPOSE["volumes"]) == {"redis-data", "state", "models"}
+    assert set(COMPOSE["volumes"]) == {"redis-data", "state", "files", "models"}
+
+
+def test_the_api_and_the_orchestrator_share_the_files() -> None:
+    assert SERVICES["api"]["environment"]["FASTCHAT_Q_STORAGE_URL"] == "file:///files"
+    assert SERVICES["orchestrator"]["environment"]["FASTCHAT_Q_STORAGE_URL"] == "file:///files"
+    assert "FASTCHAT_Q_STORAGE_URL" not in SERVICES["worker"]["environment"]
 
 
 @pytest.mark.parametrize("target", ["api", "worker"])
@@ -276,7 +283,7 @@ def test_an_image_runs_as_a_numeric_user_that_is_not_root(target: str) -> None:
     user, group = instructions(target, "USER")[-1].split(":")
     assert int(user) > 0
     assert int(group) > 0
-    assert re.search(rf"--owner={user} --group={group} .*/state /models", instructions(target, "RUN")[0])
+    assert re.search(rf"--owner={user} --group={group} .*/state /files /models", instructions(target, "RUN")[0])
 
 
 def test_redis_runs_as_a_numeric_user_that_is_not_root() -> None:

@@ -13,6 +13,14 @@ from .http_client import post
 from .stack import API_KEY, Process, Stack, running_stack, wait_until
 from .streams import ENDLESS, LONG, WORDS, echo_worker, open_stream, read_words, start_stream, stream_text, text_of
 
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Current weather in a given city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0}
 
 
@@ -44,6 +52,36 @@ def test_an_answer_is_the_upstreams_to_the_letter_streamed_and_whole(stack: Stac
     assert text == direct.choices[0].message.content
     assert chunks[-1].usage == direct.usage
     assert len(chunks) > 5, "in pieces"
+
+
+def test_our_own_messages_api_and_the_forwarder_to_such_an_api_are_two_halves(stack: Stack, upstream: Stack) -> None:
+    """A chat here becomes a message there: through the queue of this side, Anthropic's client, and the queue of that."""
+    upstream.start_worker("--model", "tiny", "--threads", "1")
+    arguments = ("--engine", "anthropic", "--base-url", upstream.base, "--api-key-env", "UPSTREAM_KEY")
+    stack.start_worker("--model", "tiny", *arguments, "--name", "far", UPSTREAM_KEY=API_KEY)
+    near, far = upstream.client(), stack.client()
+    assert (
+        far.models.retrieve("far").model_extra["max_model_len"]
+        == near.models.retrieve("tiny").model_extra["max_model_len"]
+    )
+    settings: dict[str, Any] = {"temperature": 0, "max_tokens": 60, "tools": [WEATHER]}
+    messages: list[Any] = [{"role": "user", "content": "What is the weather in Rome?"}]
+    direct = near.chat.completions.create(model="tiny", messages=messages, **settings)
+    called = far.chat.completions.create(model="far", messages=messages, **settings)
+    for answer in (direct, called):
+        [call] = answer.choices[0].message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Rome"})
+    assert (called.usage, called.choices[0].finish_reason) == (direct.usage, "tool_calls")
+    messages += [called.choices[0].message]
+    messages += [{"role": "tool", "tool_call_id": called.choices[0].message.tool_calls[0].id, "content": "sunny"}]
+    chunks = list(far.chat.completions.create(model="far", messages=messages, stream=True, **settings))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == "The weather in Rome is sunny."
+    assert len(chunks) > 5, "in pieces"
+    stopped = far.chat.completions.create(model="far", **ASK, stop=["I "])
+    assert (stopped.choices[0].finish_reason, stopped.choices[0].message.content) == ("stop", "")
+    with pytest.raises(openai.BadRequestError, match="prompt is too long"):
+        far.chat.completions.create(model="far", messages=[{"role": "user", "content": "word " * 20000}])
 
 
 def test_limits_and_stops_are_the_upstreams(stack: Stack, upstream: Stack) -> None:

@@ -231,7 +231,7 @@ def test_the_command_line_lists_what_a_key_may_do(stack: Stack) -> None:
     assert "No API keys" in key_command(stack, "ls").stderr
     assert listed(stack) == []
     options = ["--tenant", "lab", "--scope", "inference", "--model", "tiny", "--expires", "2099-01-01", "--weight", "3"]
-    limits = ["--rpm", "60", "--tpm", "9000", "--parallel", "4", "--queued", "40"]
+    limits = ["--rpm", "60", "--tpm", "9000", "--parallel", "4", "--queued", "40", "--token-quota", "1.5m"]
     made = key_command(stack, "create", "--name", "ci", *options, *limits)
     assert "only time" in made.stderr
     [row] = listed(stack)
@@ -242,7 +242,15 @@ def test_the_command_line_lists_what_a_key_may_do(stack: Stack) -> None:
         "tenant": "lab",
         "scopes": ["inference"],
         "models": ["tiny"],
-        "limits": {"requests_per_minute": 60, "tokens_per_minute": 9000, "parallel": 4, "queued": 40},
+        "limits": {
+            "requests_per_minute": 60,
+            "tokens_per_minute": 9000,
+            "parallel": 4,
+            "queued": 40,
+            "tokens": 1500000,
+        },
+        "tokens_used": 0,
+        "tokens_left": 1500000,
         "weight": 3,
         "expires": "2099-01-01T00:00:00.000Z",
         "key_hint": f"sk-fcq-…{made.stdout.strip()[-4:]}",
@@ -250,7 +258,7 @@ def test_the_command_line_lists_what_a_key_may_do(stack: Stack) -> None:
     }
     head, line = key_command(stack, "ls").stdout.splitlines()
     assert head.split()[:3] == ["ID", "NAME", "TENANT"]
-    assert "60 rpm · 9000 tpm · 4 run · 40 wait · weight 3" in line
+    assert "60 rpm · 9000 tpm · 4 run · 40 wait · 1500000 of 1500000 tokens left · weight 3" in line
 
 
 def test_the_exit_code_says_what_was_wrong(stack: Stack, folder: Path) -> None:

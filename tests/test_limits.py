@@ -1,9 +1,13 @@
 """Requests and tokens a minute: the buckets against a real server, and what a client of a limited key sees."""
 
+import asyncio
 import itertools
+import time
 from typing import Any
 
+import openai
 import pytest
+from fastchat_q.api.auth import KNOWN_S
 from fastchat_q.api.limits import MAX_UNSETTLED, Limits, Reservation
 from fastchat_q.api.media import Images
 from fastchat_q.api.schemas import ChatRequest
@@ -12,15 +16,18 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from fastchat_q import keys, scripts
-from fastchat_q.errors import RateLimitError
+from fastchat_q.errors import QuotaError, RateLimitError
 from fastchat_q.events import Usage
 from fastchat_q.jobs import Job
 from fastchat_q.tenants import Caller
 
 from .http_client import Connection, post
 from .stack import RedisServer, Stack, wait_until
+from .test_keys import key_command, listed
 
 MINUTE_US = 60_000_000
+RECEIPT = -2
+"""Where it is in a reply of LIMIT."""
 numbers = itertools.count()
 
 
@@ -60,15 +67,15 @@ async def test_tokens_are_reserved_by_estimate_and_a_refusal_takes_nothing(redis
 
 async def test_settling_gives_back_what_was_not_used_and_charges_what_was_used_beyond(redis: "Redis") -> None:
     who = caller(tpm=1000)
-    receipt = (await reserve(redis, who, 600))[-1]
+    receipt = (await reserve(redis, who, 600))[RECEIPT]
     assert await settle(redis, who, 600, 100, receipt) in range(900, 902)
-    receipt = (await reserve(redis, who, 200))[-1]
+    receipt = (await reserve(redis, who, 200))[RECEIPT]
     assert await settle(redis, who, 200, 500, receipt) in range(400, 403)
 
 
 async def test_more_than_a_minutes_worth_needs_a_full_bucket_and_is_paid_off_later(redis: "Redis") -> None:
     who = caller(tpm=100)
-    verdict, *_, receipt = await reserve(redis, who, 5000)
+    verdict, *_, receipt, _ = await reserve(redis, who, 5000)
     assert verdict == 0
     assert await settle(redis, who, 5000, 300, receipt) == 0
     verdict, wait_us, *_ = await reserve(redis, who, 1)
@@ -81,7 +88,7 @@ async def test_a_bucket_vanishes_when_it_is_full_again(redis: "Redis") -> None:
     await reserve(redis, who, 0)
     assert 59_000 < await redis.pttl(keys.rate_limit(who.key_id)) <= 60_000
     who = caller(tpm=100)
-    receipt = (await reserve(redis, who, 50))[-1]
+    receipt = (await reserve(redis, who, 50))[RECEIPT]
     await settle(redis, who, 50, 0, receipt)
     assert not await redis.exists(keys.rate_limit(who.key_id))
 
@@ -110,12 +117,15 @@ def test_settlements_beyond_the_bound_are_dropped_without_an_error() -> None:
 def test_whatever_is_asked_the_bucket_never_lets_more_through_than_a_minutes_worth(
     redis_server: RedisServer, tpm: int, calls: list[tuple[int, int]], settle_at_once: bool
 ) -> None:
-    name, source = keys.rate_limit(f"key_{next(numbers)}"), scripts.script("limit").source
+    key_id, source = f"key_{next(numbers)}", scripts.script("limit").source
+    names = (keys.rate_limit(key_id), keys.token_use(key_id))
     taken, unsettled = 0, []
     with redis_server.client() as client:
         began = client.time()
         for asked, used in calls:
-            verdict, wait, _, _, left, until_full, receipt = client.eval(source, 1, name, "reserve", 0, tpm, asked)
+            verdict, wait, _, _, left, until_full, receipt, _ = client.eval(
+                source, 2, *names, "reserve", 0, tpm, asked, 0
+            )
             reserved = min(asked, tpm)
             seconds = client.time()[0] - began[0] + 1
             assert 0 <= left <= tpm
@@ -128,19 +138,19 @@ def test_whatever_is_asked_the_bucket_never_lets_more_through_than_a_minutes_wor
             assert taken <= tpm + tpm * seconds / 60 + 1
             if settle_at_once:
                 used = min(used, reserved)
-                left = client.eval(source, 1, name, "settle", 0, tpm, asked, used, receipt)[4]
+                left = client.eval(source, 2, *names, "settle", 0, tpm, asked, 0, used, receipt, 0)[4]
                 taken -= reserved - used
                 assert left >= tpm - taken - 1
             else:
                 unsettled.append((asked, used, receipt))
         for asked, used, receipt in unsettled:
-            left = client.eval(source, 1, name, "settle", 0, tpm, asked, used, receipt)[4]
+            left = client.eval(source, 2, *names, "settle", 0, tpm, asked, 0, used, receipt, 0)[4]
             assert 0 <= left <= tpm
 
 
 async def test_what_has_run_off_is_not_given_back_a_second_time(redis: "Redis") -> None:
     who = caller(tpm=60_000)
-    receipt = (await reserve(redis, who, 60_000))[-1]
+    receipt = (await reserve(redis, who, 60_000))[RECEIPT]
     later = receipt - 59_000_000  # as if 59 s had passed since: one second's worth is left to give back
     assert await settle(redis, who, 60_000, 0, later) in range(950, 1300)
 
@@ -195,18 +205,109 @@ def test_a_client_that_leaves_keeps_its_reservation_for_a_minute(echo_stack: Sta
     echo_stack.redis.delete(bucket)
 
 
+async def test_a_quota_is_taken_down_by_what_was_used_and_has_no_end_of_its_own(redis: "Redis") -> None:
+    limits, who = Limits(redis), caller(token_quota=1000)
+    first = await limits.reserve(who, request(400, max_tokens=500))
+    assert (first.of_quota, first.headers) == (600, {})
+    second = await limits.reserve(who, request(400, max_tokens=5000))
+    assert second.of_quota == 400, "no more than was left"
+    with pytest.raises(QuotaError) as refused:
+        await limits.reserve(who, request())
+    error = refused.value
+    assert (error.status, error.type, error.code) == (429, "insufficient_quota", "insufficient_quota")
+    assert error.retry_after_s is None
+    assert error.headers["x-should-retry"] == "false"
+    for reservation, used in ((first, 100), (second, 0)):
+        limits.settle(reservation, Usage(used, 0))
+    settling = asyncio.create_task(limits.run())
+    await limits.settled(10)
+    settling.cancel()
+    assert await redis.get(keys.token_use(who.key_id)) == b"100"
+    assert await redis.ttl(keys.token_use(who.key_id)) == -1
+    assert (await limits.reserve(who, request(400, max_tokens=5000))).of_quota == 900
+
+
+async def test_a_quota_that_is_used_up_is_said_before_a_rate_and_nothing_is_taken(redis: "Redis") -> None:
+    limits, who = Limits(redis), caller(rpm=1, token_quota=10)
+    await limits.reserve(who, request(max_tokens=10))
+    with pytest.raises(QuotaError) as refused:
+        await limits.reserve(who, request(max_tokens=10))
+    assert refused.value.headers["x-ratelimit-remaining-requests"] == "0"
+    other = caller(rpm=1, token_quota=1000)
+    await limits.reserve(other, request(max_tokens=10))
+    with pytest.raises(RateLimitError):
+        await limits.reserve(other, request(max_tokens=10))
+    assert await redis.get(keys.token_use(other.key_id)) == b"11"
+
+
+async def test_requests_at_once_share_one_quota(redis: "Redis") -> None:
+    limits, who = Limits(redis), caller(token_quota=100)
+    tries = await asyncio.gather(
+        *[limits.reserve(who, request(max_tokens=9)) for _ in range(50)], return_exceptions=True
+    )
+    taken = [one.of_quota for one in tries if isinstance(one, Reservation)]
+    assert sum(taken) == 100
+    assert sum(isinstance(one, QuotaError) for one in tries) == 50 - len(taken) == 40
+
+
+def test_a_key_whose_quota_is_used_up_is_refused_until_it_is_raised(echo_stack: Stack) -> None:
+    key = echo_stack.make_key("--token-quota", "0.02k")
+    headers = {"authorization": f"Bearer {key}"}
+    body = {"model": "echo", "messages": [{"role": "user", "content": "one two three four five"}]}
+    used = 0
+    for stream in (False, True, False, False):
+        reply = post(echo_stack.port, {**body, "stream": stream}, headers=headers)
+        if reply.status == 429:
+            break
+        used += 10 if stream else reply.json()["usage"]["total_tokens"]
+        wait_until(lambda: quota_of(echo_stack, key)["tokens_used"] == used, "it is settled")  # noqa: B023
+    error = reply.error()
+    assert (reply.status, error["type"], error["code"]) == (429, "insufficient_quota", "insufficient_quota")
+    assert "retry-after" not in reply.headers
+    shown = quota_of(echo_stack, key)
+    assert (shown["limits"]["tokens"], shown["tokens_left"]) == (20, 0)
+    with openai.OpenAI(base_url=f"{echo_stack.base}/v1", api_key=key, max_retries=5) as client:
+        began = time.monotonic()
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.chat.completions.create(**body)
+        assert refused.value.code == "insufficient_quota"
+        assert time.monotonic() - began < 3, "it did not try again"
+    raised = key_command(echo_stack, "quota", shown["id"], "+1k")
+    assert raised.stdout == f"{shown['id']} (test) has a quota of 1020 tokens, {used} used\n"
+    wait_until(lambda: post(echo_stack.port, body, headers=headers).status == 200, "it is let in again", KNOWN_S + 10)
+    assert key_command(echo_stack, "quota", shown["id"], "none", "--json").returncode == 0
+    assert quota_of(echo_stack, key)["tokens_left"] is None
+    assert key_command(echo_stack, "revoke", shown["id"]).returncode == 0
+    assert not echo_stack.redis.exists(keys.token_use(shown["id"]))
+
+
+@pytest.mark.parametrize("wrong", ["0", "many", "-5", "1x", "9" * 17])
+def test_what_is_no_quota_is_refused(echo_stack: Stack, wrong: str) -> None:
+    refused = key_command(echo_stack, "create", "--name", "x", f"--token-quota={wrong}")
+    assert (refused.returncode, "Traceback" in refused.stderr) == (2, False)
+
+
+def quota_of(stack: Stack, key: str) -> dict[str, Any]:
+    """The key as ``key ls`` shows it."""
+    return next(row for row in listed(stack) if row["key_hint"][-4:] == key[-4:])
+
+
 def now_us(stack: Stack) -> int:
     seconds, microseconds = stack.redis.time()
     return int(seconds) * 1_000_000 + int(microseconds)
 
 
 async def reserve(redis: "Redis", who: Caller, tokens: int) -> list[int]:
-    args = ("reserve", who.rpm or 0, who.tpm or 0, tokens)
-    reply: list[int] = await scripts.call(redis, "limit", (keys.rate_limit(who.key_id),), args)
+    args = ("reserve", who.rpm or 0, who.tpm or 0, tokens, who.token_quota or 0)
+    reply: list[int] = await scripts.call(redis, "limit", names_of(who), args)
     return reply
 
 
 async def settle(redis: "Redis", who: Caller, reserved: int, used: int, receipt: int) -> int:
     """Tokens left after it."""
-    args = ("settle", who.rpm or 0, who.tpm or 0, reserved, used, receipt)
-    return int((await scripts.call(redis, "limit", (keys.rate_limit(who.key_id),), args))[4])
+    args = ("settle", who.rpm or 0, who.tpm or 0, reserved, 0, used, receipt, 0)
+    return int((await scripts.call(redis, "limit", names_of(who), args))[4])
+
+
+def names_of(who: Caller) -> tuple[str, str]:
+    return keys.rate_limit(who.key_id), keys.token_use(who.key_id)

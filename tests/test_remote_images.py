@@ -171,3 +171,20 @@ def test_addresses_that_are_not_public(address: str) -> None:
     assert not is_public(address)
     assert is_public("1.1.1.1")
     assert is_public("2606:4700:4700::1111")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://169.254.169.254/latest/meta-data", "HTTPS://example.org/a.png", "https://127.0.0.1/", "http://[::1]:6379/",
+     "file:///etc/passwd", "gopher://127.0.0.1:6379/_FLUSHALL", "//example.org/a.png", "ftp://example.org/a.png",
+     "\thttps://example.org/a.png", "javascript:alert(1)", "data:,https://example.org/", ""],
+)  # fmt: skip
+def test_without_the_setting_nothing_is_fetched_whatever_it_is_called(url: str) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": url}}]
+    body = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": parts}]})
+    images = Images()
+    with pytest.raises(InvalidRequestError) as refused:
+        body.to_job(images)
+    assert refused.value.code in ("remote_url", "invalid_image_url")
+    assert refused.value.param == "messages[0].content[0].image_url.url"
+    assert not images.named

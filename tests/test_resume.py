@@ -4,7 +4,7 @@ import json
 
 import pytest
 from fastchat_q.api.render import ChunkWriter, View
-from fastchat_q.api.streaming import _ping
+from fastchat_q.api.streaming import PING
 from openai._streaming import SSEDecoder
 
 from fastchat_q import keys
@@ -159,7 +159,7 @@ def test_a_ping_between_two_events_is_nothing_to_the_official_client() -> None:
     wire = (
         writer.role()
         + writer.events([Delta(1, 1, (Piece((1,), "a"),))])
-        + _ping()
+        + PING
         + writer.events([Delta(2, 1, (Piece((2,), "b"),))])
     )
     found = [event.json()["choices"][0]["delta"]["content"] for event in SSEDecoder().iter_bytes(iter([wire]))]

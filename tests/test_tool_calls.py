@@ -127,6 +127,17 @@ def test_a_call_that_must_come_is_valid_in_50_of_50_runs(tiny_stack: Stack) -> N
                 jsonschema.validate(json.loads(arguments), schema)
 
 
+@both
+def test_a_function_is_called_with_no_argument_that_it_does_not_declare(tiny_stack: Stack, stream: bool) -> None:
+    parameters = {"type": "object", "properties": {}}
+    tool = {"type": "function", "function": {"name": "now", "description": "The time", "parameters": parameters}}
+    with tiny_stack.client() as client:
+        for seed in range(5):
+            fields = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False, "seed": seed}
+            _, calls, _ = ask(client, "What time is it in Rome?", stream=stream, temperature=1, **fields)
+            assert [(name, json.loads(arguments)) for name, arguments in calls] == [("now", {})]
+
+
 def test_a_strict_function_whose_schema_cannot_be_held_to_is_refused(tiny_stack: Stack) -> None:
     parameters = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}

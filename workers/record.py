@@ -51,7 +51,7 @@ def finish_of(active: Active, ended: Ended) -> Finish:
     """The end of the job, or of this try."""
     claim, error = active.claim, ended.error
     if error is None:
-        result = Result(finish_reason=ended.finish_reason, usage=ended.usage)
+        result = Result(ended.finish_reason, ended.usage, stop=ended.stop)
         return Finish(claim, active.n, "succeeded", ended.finish_reason or "stop", result)
     reason, result = error.code or error.type, Result.from_error(error)
     if isinstance(error, RetryableError):  # full jitter: jobs that failed together do not come back together

@@ -119,6 +119,24 @@ def test_reasons_to_stop_have_openais_names(reason: str, ours: str) -> None:
         assert driver.run(job("j"))[0].finish_reason == ours
 
 
+def test_the_stop_string_that_ended_an_answer_is_told() -> None:
+    ended = event(
+        "message_delta", delta={"stop_reason": "stop_sequence", "stop_sequence": "END"}, usage={"output_tokens": 7}
+    )
+    with forwarding(Reply(events=[START, *text(0, "Hi"), ended, event("message_stop")])) as (driver, _):
+        (got,) = driver.run(job("j"))
+    assert got.ended is not None
+    assert (got.finish_reason, got.ended.stop) == ("stop", "END")
+
+
+def test_an_assistants_last_message_is_what_the_answer_goes_on_with() -> None:
+    turns = (Message(role="user", content="Hi"), Message(role="assistant", content="Well"))
+    one = Job(id="j", model="c", messages=turns, template_kwargs={"continue_final_message": True})
+    body = request_body(one, "claude", 1000, {})
+    assert body["messages"][-1] == {"role": "assistant", "content": [{"type": "text", "text": "Well"}]}
+    assert set(body) == {"model", "max_tokens", "messages"}
+
+
 def test_a_conversation_is_sent_as_the_api_wants_it() -> None:
     one = Job(
         id="j",

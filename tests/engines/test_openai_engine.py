@@ -223,6 +223,30 @@ def test_so_are_tools_and_template_arguments(dialect: str, fields: dict[str, Any
     assert refused.value.param == param
 
 
+@pytest.mark.parametrize("dialect", ["vllm", "sglang", "llamacpp", "openai"])
+def test_an_assistants_last_message_is_gone_on_with_where_the_server_does(dialect: Any) -> None:
+    turns = (Message(role="user", content="Hi"), Message(role="assistant", content="Well"))
+    one = Job(id="j", model="m", messages=turns, template_kwargs={"continue_final_message": True})
+    known = DIALECTS[dialect]
+    if known.go_on is None:
+        with pytest.raises(InvalidRequestError, match="does not go on"):
+            request_body(one, "m", known, {})
+        return
+    body = request_body(one, "m", known, {})
+    assert known.go_on.items() <= body.items()
+    assert "chat_template_kwargs" not in body
+
+
+@pytest.mark.parametrize(
+    ("choice", "stop"), [({"stop_reason": "END"}, "END"), ({"stop_reason": 7}, None), ({"matched_stop": "END"}, "END")]
+)
+def test_the_stop_string_that_ended_an_answer_is_told(choice: dict[str, Any], stop: str | None) -> None:
+    with forwarding(answer(says("Hi"), stops(**choice))) as (driver, _):
+        (got,) = driver.run(job("j"))
+    assert got.ended is not None
+    assert got.ended.stop == stop
+
+
 @pytest.mark.parametrize(
     ("owner", "has", "lacks"),
     [

@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from fastchat_q.errors import ContextLengthError, InvalidRequestError
-from fastchat_q.jobs import Job, Message, Part
+from fastchat_q.jobs import Job, Message, Part, Sampling
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 7}'}}
@@ -172,10 +172,22 @@ def test_a_template_that_refuses_or_makes_nothing_is_the_client_s_error(tokenize
 
 
 def test_what_does_not_fit_the_context_is_refused_with_the_figures() -> None:
-    assert token_limit(None, 10, None) > 10**9
-    assert token_limit(100, 10, None) == 90
-    assert token_limit(100, 10, 90) == 90
+    assert token_limit(None, 10, Sampling(max_tokens=None)) > 10**9
+    assert token_limit(100, 10, Sampling(max_tokens=None)) == 90
+    assert token_limit(100, 10, Sampling(max_tokens=90)) == 90
     with pytest.raises(ContextLengthError, match=r"is 100 tokens.* asks for 10 in the messages and 91 for"):
-        token_limit(100, 10, 91)
+        token_limit(100, 10, Sampling(max_tokens=91))
     with pytest.raises(ContextLengthError, match="asks for 100 in the messages"):
-        token_limit(100, 100, None)
+        token_limit(100, 100, Sampling(max_tokens=None))
+
+
+def test_a_limit_that_may_be_clipped_is_what_the_context_has_left() -> None:
+    def limit(context: int | None, prompt: int, max_tokens: int, room: int | None = None) -> int:
+        return token_limit(context, prompt, Sampling(max_tokens=max_tokens, clip=True), room)
+
+    assert limit(100, 10, 91) == 90
+    assert limit(100, 10, 20) == 20
+    assert limit(None, 10, 1000) == 1000
+    assert limit(100, 10, 91, room=50) == 40
+    with pytest.raises(ContextLengthError, match="asks for 100 in the messages"):
+        limit(100, 100, 5)

@@ -121,7 +121,7 @@ def test_a_constrained_answer_of_a_model_that_thinks_comes_behind_its_reasoning(
 def allowed(loaded: Loaded, guide: Guide, text: str) -> bool:
     """Whether a model that follows this guide can say this, and end there."""
     eos, size = loaded.eos_ids, len(loaded.tokenizer)
-    guided = Guides(loaded.tokenizer, size, eos).guided(guide)
+    guided = Guides(loaded.tokenizer, size, eos).guided(guide, 1000)
     wait_until(lambda: guided.ready, "it is compiled")
     ids: Any = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
     bits = np.zeros(4 * -(-size // 32), dtype=np.uint8)

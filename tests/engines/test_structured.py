@@ -340,21 +340,21 @@ def test_logprobs_of_a_guided_row_are_those_of_the_model(speaks: Language) -> No
 def test_grammars_are_compiled_once_and_only_so_many_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
     guides = language_of(tokenizer).guides
     same = Guide(kind="choice", value='["a"]')
-    assert guides.guided(same)._compiled is guides.guided(same)._compiled
-    first = guides.guided(same)._compiled
+    assert guides.guided(same, 100)._compiled is guides.guided(same, 100)._compiled
+    first = guides.guided(same, 100)._compiled
     for number in range(CACHED_GRAMMARS):
-        guides.guided(Guide(kind="choice", value=f'["{number}"]'))
+        guides.guided(Guide(kind="choice", value=f'["{number}"]'), 100)
     assert len(guides._compiled) == CACHED_GRAMMARS
-    assert guides.guided(same)._compiled is not first
+    assert guides.guided(same, 100)._compiled is not first
 
 
 def test_grammars_that_took_long_make_room(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     guides = language_of(tokenizer).guides
     short, long, new = (Guide(kind="choice", value=json.dumps(["a" * size])) for size in (1, 2, 3))
     for guide in (short, long):
-        guides.guided(guide)._compiled.result()
+        guides.guided(guide, 100)._compiled.result()
     monkeypatch.setattr(structured, "CACHED_S", guides._compiled[long].result().took_s)
-    guides.guided(new)
+    guides.guided(new, 100)
     assert list(guides._compiled) == [long, new]
 
 

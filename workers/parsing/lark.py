@@ -9,7 +9,18 @@ from typing import Any
 MOST_CALLS = 16
 JSON_OPTIONS = {"whitespace_pattern": r"(\x0A?\x20{0,8})"}
 """Little white space: a weak model would go on with it."""
-NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+NO_PARAMETERS = {"type": "object", "properties": {}}
+OPEN = (
+    "additionalProperties",
+    "patternProperties",
+    "unevaluatedProperties",
+    "propertyNames",
+    "allOf",
+    "anyOf",
+    "oneOf",
+    "$ref",
+)
+"""Keywords that may say of more parameters than ``properties`` does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +35,15 @@ class Function:
 
     @classmethod
     def of(cls, tool: Mapping[str, Any]) -> "Function":
-        """From OpenAI's object."""
+        """From OpenAI's object.
+
+        Where it leaves open whether there are more parameters than it names, there are none: such a call would fail.
+        """
         function = tool["function"]
-        return cls(function["name"], function.get("parameters") or NO_PARAMETERS, bool(function.get("strict")))
+        parameters = function.get("parameters") or NO_PARAMETERS
+        if "properties" in parameters and not any(keyword in parameters for keyword in OPEN):
+            parameters = {**parameters, "additionalProperties": False}
+        return cls(function["name"], parameters, bool(function.get("strict")))
 
     @property
     def properties(self) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from anthropic.types import RawContentBlockDeltaEvent, RawContentBlockStartEvent
 
 from fastchat_q.errors import ConfigurationError, InvalidRequestError
 from fastchat_q.events import FinishReason, Piece, ToolCallDelta, Usage
-from fastchat_q.jobs import Feature, Job, Message, Sampling
+from fastchat_q.jobs import CONTINUE, Feature, Job, Message, Sampling
 from fastchat_q.registry import ModelCard
 
 from ..async_engine import Give
@@ -112,6 +112,7 @@ class Reader:
         """Content block -> which of the calls it is."""
         self._prompt_tokens = self._completion_tokens = 0
         self._reason: FinishReason | None = None
+        self._stop: str | None = None
 
     def take(self, event: RawMessageStreamEvent) -> None:
         """Reads one event. Kinds that it does not know say nothing that we could pass on."""
@@ -125,6 +126,7 @@ class Reader:
             self._count(event.usage)
             if event.delta.stop_reason is not None:
                 self._reason = REASONS.get(event.delta.stop_reason, "stop")
+                self._stop = event.delta.stop_sequence
 
     def _start(self, event: RawContentBlockStartEvent) -> None:
         block = event.content_block
@@ -155,7 +157,8 @@ class Reader:
         """The end of the message; ``done`` tokens of it were there before. Raises BrokenOffError if it did not come."""
         if self._reason is None:
             raise BrokenOffError("The upstream server ended the answer without a stop reason.")
-        return Ended(Usage(max(self._prompt_tokens - done, 0), self._completion_tokens + done), self._reason)
+        usage = Usage(max(self._prompt_tokens - done, 0), self._completion_tokens + done)
+        return Ended(usage, self._reason, stop=self._stop)
 
 
 def request_body(job: Job, model: str, max_tokens: int, blobs: Blobs) -> dict[str, Any]:
@@ -218,7 +221,8 @@ def _output_fields(job: Job) -> dict[str, Any]:
     """Effort, thinking and a schema. ``reasoning_effort`` and ``enable_thinking`` are what chat templates call them."""
     fields: dict[str, Any] = {}
     output: dict[str, Any] = {}
-    effort, thinking = thinking_of(job, WHOSE)
+    kwargs = {name: value for name, value in job.template_kwargs.items() if name != CONTINUE}  # it does so by itself
+    effort, thinking = thinking_of(job.model_copy(update={"template_kwargs": kwargs}), WHOSE)
     if effort not in (None, "none"):
         output["effort"] = "low" if effort == "minimal" else effort
     if thinking is False or effort == "none":

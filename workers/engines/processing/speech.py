@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fastchat_q.choices import LoadOptions
 from fastchat_q.errors import InvalidRequestError
-from fastchat_q.jobs import Job, Sampling
+from fastchat_q.jobs import CONTINUE, Job, Sampling
 
-from .rendering import CONTINUE
 from .structured import Composed, behind
 
 TAIL = 32

@@ -25,6 +25,7 @@ from fastchat_q.errors import FastchatQError, InvalidRequestError, RetryableErro
 from fastchat_q.jobs import Guide
 
 from ..tensors import to_device
+from .closing import Budget, Closing, only
 from .grammars import Checker, first_masked
 
 CACHED_GRAMMARS = 128
@@ -65,6 +66,8 @@ class Compiled(NamedTuple):
 
     matcher: LLMatcher
     took_s: float
+    closing: Closing | None
+    """Of JSON: how an answer is brought to its end within its limit."""
 
 
 class Guides:
@@ -78,8 +81,11 @@ class Guides:
         self._checker = Checker()
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="guides")
 
-    def guided(self, guide: Guide) -> "Guided":
+    def guided(self, guide: Guide, limit: int) -> "Guided":
         """A row's guide, which has to be `Guided.ready` before the first mask.
+
+        Args:
+            limit: tokens that the row may generate.
 
         Raises:
             InvalidRequestError: this model cannot follow any guide.
@@ -93,7 +99,7 @@ class Guides:
         self._compiled.move_to_end(guide)
         while len(self._compiled) > CACHED_GRAMMARS or (len(self._compiled) > 1 and self._kept_s() > CACHED_S):
             self._compiled.popitem(last=False)
-        return Guided(guide, compiled, self._eos_ids)
+        return Guided(guide, compiled, self._eos_ids, limit)
 
     def _kept_s(self) -> float:
         done = [compiled for compiled in self._compiled.values() if compiled.done()]
@@ -103,6 +109,10 @@ class Guides:
     def _vocabulary_tree(self) -> LLTokenizer:
         """Seconds of work for a large vocabulary."""
         return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=sorted(self._eos_ids))  # type: ignore[arg-type]
+
+    @cached_property
+    def _closing(self) -> Closing:
+        return Closing(self._vocabulary_tree, self._vocabulary, self._eos_ids)
 
     def _compile(self, guide: Guide) -> Compiled:
         with _refusing(guide):
@@ -114,16 +124,19 @@ class Guides:
         matcher = first_masked(tree, grammar)
         if matcher.is_error():
             raise _refusal(guide, matcher.get_error())
-        return Compiled(matcher, time.thread_time() - began)
+        took_s = time.thread_time() - began
+        return Compiled(matcher, took_s, self._closing if guide.kind in JSON_KINDS else None)
 
 
 class Guided:
     """Where one row is in its grammar. It catches up with the row's tokens when a mask is due, prior ones included."""
 
-    def __init__(self, guide: Guide, compiled: Future[Compiled], eos_ids: frozenset[int]) -> None:
+    def __init__(self, guide: Guide, compiled: Future[Compiled], eos_ids: frozenset[int], limit: int) -> None:
         self._guide = guide
         self._compiled = compiled
+        self._limit = limit
         self._matcher: LLMatcher | None = None
+        self._budget: Budget | None = None
         self._consumed = 0
         self.eos_ids = eos_ids
         """What the end of a complete answer looks like; it ends the row even if it ignores the model's end."""
@@ -142,11 +155,18 @@ class Guided:
     def fill(self, bits: NDArray[np.uint8], ids: Sequence[int]) -> None:
         """Writes the mask for the token behind ids: whole words of 32 tokens, lowest bit first. See `failure`."""
         if self._matcher is None:
-            self._matcher = self._compiled.result().matcher.deep_copy()
-        for token in ids[self._consumed :]:
+            compiled = self._compiled.result()
+            self._matcher = compiled.matcher.deep_copy()
+            if compiled.closing is not None:
+                self._budget = Budget(compiled.closing, self._limit, len(self._guide.value))
+        for number, token in enumerate(ids[self._consumed :], self._consumed + 1):
             self._matcher.consume_token(token)
+            if self._budget is not None:
+                self._budget.look(self._matcher, number)
         self._consumed = len(ids)
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if self._budget is not None and self._budget.way and not self._matcher.is_error():
+            only(bits, self._budget.way[len(ids) - self._budget.begun])
         if self._matcher.is_error():
             reason = _first_line(self._matcher.get_error())
             message = f"The {_name(self._guide)} cannot be followed any further: {reason}"

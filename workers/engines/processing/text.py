@@ -18,10 +18,16 @@ class Detokenizer:
     The technique is that of vLLM's and TGI's detokenisers.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], before: Sequence[int] = ()) -> None:
+        """
+        Args:
+            before: tokens on whose text it goes on, so that a first word keeps its space.
+        """
         self._decode = decode
-        self._window: list[int] = []
-        self._shown = 0  # tokens of the window whose text is out
+        self._window: list[int] = list(before)
+        if before and decode(self._window).endswith(REPLACEMENT):  # it would not be known what is new
+            self._window = []
+        self._shown = len(self._window)  # tokens of the window whose text is out
 
     def feed(self, token_id: int) -> str:
         """The text that this token completes; empty while a character is incomplete."""
@@ -56,16 +62,19 @@ class StopMatcher:
         self._stop = tuple(s for s in stop if s)
         self._longest = max(map(len, self._stop), default=0)
         self._held = ""
+        self.found: str | None = None
+        """The stop string that came."""
 
     def feed(self, text: str) -> tuple[str, bool]:
         """(text that is safe to show, whether a stop string was found); the stop string itself is never shown."""
         if not self._stop:
             return text, False
         text = self._held + text
-        found = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
+        found = [(at + len(s), at, s) for s in self._stop if (at := text.find(s)) >= 0]
         if found:  # the one that is complete first, as if text came by the character: chunks change nothing
             self._held = ""
-            return text[: min(found)[1]], True
+            _, at, self.found = min(found)
+            return text[:at], True
         keep = self._suffix_that_may_stop(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

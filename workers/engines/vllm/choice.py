@@ -57,6 +57,8 @@ class Choice:
         """Tokens of it that vLLM takes as part of the prompt."""
         self.reading = reading
         self.finish: FinishReason | None = next((piece.finish for piece in said if piece.finish), None)
+        self.stop: str | None = None
+        """The stop string that ended it."""
         self.tokens = 0
         """Tokens that it has, those of the earlier attempt included once they are there."""
         self._prior = tuple([token for piece in said for token in piece.ids])
@@ -89,6 +91,7 @@ class Choice:
         if self.reading is None:
             self.tokens += len(ids)
             self.finish = None if reason is None else FINISH[reason]
+            self.stop = completion.stop_reason if isinstance(completion.stop_reason, str) else None
             return self._pieces(Piece(ids, completion.text, self.index, logprobs=logprobs))
         for at, token in enumerate(ids):
             if self.finish is not None:
@@ -120,7 +123,7 @@ class Choice:
         output = self.reading.accept(Picked(token, logprob))
         self.tokens += 1
         if output.ended is not None:
-            self.finish = output.ended.finish_reason
+            self.finish, self.stop = output.ended.finish_reason, output.ended.stop
             if self.tokens < len(self._prior):
                 raise CannotResumeError("it came out shorter")
         [piece] = output.pieces

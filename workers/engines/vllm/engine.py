@@ -186,7 +186,9 @@ class VllmEngine(LoopEngine):
     def _end(self, row: Row, pieces: tuple[Piece, ...]) -> None:
         usage = Usage(len(row.prompt), sum(choice.tokens for choice in row.choices))
         self._forget(row.ticket)
-        self._give(Output(row.ticket, pieces, Ended(usage, row.choices[0].finish)))
+        first = row.choices[0]
+        stop = first.stop if first.stop in row.job.sampling.stop else None  # not one of the model's family
+        self._give(Output(row.ticket, pieces, Ended(usage, first.finish, stop=stop)))
 
     def _fail(self, row: Row, error: FastchatQError) -> None:
         if self._rows.get(row.ticket) is row:

@@ -52,7 +52,6 @@ class Intake:
         chat: Chat | None = None
         if not isinstance(adapter, adapters.Templates):
             chat = give_template(tokenizer, source, source, about, options.chat_template, options.revision)
-            log.info("chat template", model=source, family=chat.family.name, template=chat.why)
         written = written_by(options, chat)
         self._context: int = config.max_model_len
         vocabulary = config.get_vocab_size()
@@ -100,7 +99,7 @@ class Intake:
 
     def _begin(self, row: Row, prior: Sequence[Piece]) -> None:
         job = row.job
-        row.limit = token_limit(self._context, len(row.prompt), job.sampling.max_tokens)
+        row.limit = token_limit(self._context, len(row.prompt), job.sampling)
         is_open = self._speech.is_open(job, row.prompt)
         row.sampling = self._with_ends(self._speech.sampling(job, is_open))
         row.choices = [self._choice(row, prior, is_open, index) for index in range(row.sampling.n)]

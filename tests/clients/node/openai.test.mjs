@@ -1,0 +1,135 @@
+// OpenAI's client for Node, unmodified, on real workers.
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import OpenAI from 'openai';
+import { zodResponseFormat } from 'openai/helpers/zod';
+import { z } from 'zod';
+import { GREETING, HELLO, TERSE, TOOLS, WEATHER, apiKey, baseURL } from './shared.mjs';
+
+const client = new OpenAI({ maxRetries: 0 }); // OPENAI_BASE_URL and OPENAI_API_KEY are in the environment
+const tools = TOOLS.map(([name, description, parameters]) => ({
+  type: 'function',
+  function: { name, description, parameters },
+}));
+
+test('a completion', async () => {
+  const answer = await client.chat.completions.create({ model: 'tiny', messages: HELLO, temperature: 0 });
+  assert.equal(answer.choices[0].message.content, GREETING);
+  assert.equal(answer.choices[0].finish_reason, 'stop');
+  assert.ok(answer._request_id);
+});
+
+test('a stream with usage', async () => {
+  const stream = await client.chat.completions.create({
+    model: 'tiny',
+    messages: HELLO,
+    temperature: 0,
+    stream: true,
+    stream_options: { include_usage: true },
+  });
+  let text = '';
+  let usage;
+  for await (const chunk of stream) {
+    text += chunk.choices[0]?.delta?.content ?? '';
+    usage = chunk.usage ?? usage;
+  }
+  assert.equal(text, GREETING);
+  assert.ok(usage.completion_tokens > 0);
+});
+
+test('the streaming helper', async () => {
+  const stream = client.chat.completions.stream({ model: 'tiny', messages: HELLO, temperature: 0, logprobs: true });
+  let text = '';
+  stream.on('content', (delta) => (text += delta));
+  const answer = await stream.finalChatCompletion();
+  assert.equal(text, GREETING);
+  assert.equal(answer.choices[0].message.content, GREETING);
+  assert.ok(answer.choices[0].logprobs.content.length > 0);
+});
+
+test('a stream that is left ends the job', async () => {
+  const stream = await client.chat.completions.create({
+    model: 'echo',
+    messages: HELLO,
+    max_tokens: 5000,
+    ignore_eos: true,
+    stream: true,
+  });
+  for await (const _ of stream) break;
+  assert.ok(stream.controller.signal.aborted);
+});
+
+test('a zod schema is held to', async () => {
+  const Person = z.object({ name: z.string(), age: z.number().int() });
+  const answer = await client.chat.completions.parse({
+    model: 'tiny',
+    messages: HELLO,
+    logit_bias: TERSE,
+    response_format: zodResponseFormat(Person, 'person'),
+  });
+  assert.deepEqual(answer.choices[0].message.parsed, { name: '', age: 3 });
+});
+
+test('the tool runner calls, is answered, and goes on', async () => {
+  const asked = [];
+  const runner = client.chat.completions.runTools({
+    model: 'tiny',
+    temperature: 0,
+    messages: [{ role: 'user', content: WEATHER }],
+    tools: tools.map((tool) => ({
+      type: 'function',
+      function: {
+        ...tool.function,
+        parse: JSON.parse,
+        function: ({ city }) => {
+          asked.push(city);
+          return 'sunny, 20 degrees';
+        },
+      },
+    })),
+  });
+  assert.equal(await runner.finalContent(), 'The weather in Rome is sunny, 20 degrees.');
+  assert.deepEqual(asked, ['Rome']);
+});
+
+test('streamed tool calls are put together', async () => {
+  const runner = client.chat.completions.stream({
+    model: 'tiny',
+    temperature: 0,
+    messages: [{ role: 'user', content: WEATHER }],
+    tools,
+  });
+  const answer = await runner.finalChatCompletion();
+  const [call] = answer.choices[0].message.tool_calls;
+  assert.equal(call.function.name, 'get_weather');
+  assert.deepEqual(JSON.parse(call.function.arguments), { city: 'Rome' });
+  assert.equal(answer.choices[0].finish_reason, 'tool_calls');
+});
+
+test('embeddings and models', async () => {
+  const { data, usage } = await client.embeddings.create({ model: 'embedder', input: ['w1 w2', 'w3'] });
+  assert.equal(data.length, 2);
+  assert.equal(data[0].embedding.length, 32);
+  assert.ok(usage.total_tokens > 0);
+  const names = [];
+  for await (const model of client.models.list()) names.push(model.id);
+  assert.deepEqual(names.sort(), ['echo', 'embedder', 'tiny']);
+  assert.equal((await client.models.retrieve('tiny')).object, 'model');
+});
+
+test('errors have the classes of the client', async () => {
+  const ask = (changes, from = client) => from.chat.completions.create({ model: 'tiny', messages: HELLO, ...changes });
+  await assert.rejects(ask({ temperature: 3 }), (error) => {
+    assert.ok(error instanceof OpenAI.BadRequestError);
+    assert.equal(error.param, 'temperature');
+    return true;
+  });
+  await assert.rejects(ask({ model: 'tini' }), OpenAI.NotFoundError);
+  const stranger = new OpenAI({ baseURL, apiKey: `${apiKey}-not`, maxRetries: 0 });
+  await assert.rejects(ask({}, stranger), OpenAI.AuthenticationError);
+  const hasty = new OpenAI({ baseURL, apiKey, maxRetries: 0, timeout: 300 });
+  await assert.rejects(
+    ask({ model: 'echo', max_tokens: 5000, ignore_eos: true }, hasty),
+    OpenAI.APIConnectionTimeoutError,
+  );
+});

@@ -1,0 +1,149 @@
+"""``fastchat-q batch`` in front of real processes."""
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .batches import jsonl, line, parsed
+from .conftest import shared_stack
+from .servers import wait_until
+from .stack import API_KEY, Stack, environment_of
+
+Done = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Stack]:
+    """A stack with an echo worker and an orchestrator."""
+    with shared_stack("--model", "echo", "--engine", "echo", "--token-delay-ms", "1") as stack:
+        stack.start("orchestrator", "orchestrator")
+        yield stack
+
+
+def command(stack: Stack, *words: str) -> tuple[list[str], dict[str, str]]:
+    environment = environment_of({"FASTCHAT_Q_BASE_URL": stack.base, "FASTCHAT_Q_API_KEY": API_KEY})
+    return [sys.executable, "-m", "fastchat_q.cli", "batch", *words], environment
+
+
+def batch(stack: Stack, *words: str) -> Done:
+    """Runs ``fastchat-q batch`` to its end."""
+    line_, environment = command(stack, *words)
+    return subprocess.run(line_, capture_output=True, text=True, env=environment, timeout=60)
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> Path:
+    """A file of five requests."""
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(jsonl(line(n, f"text {n}") for n in range(5)))
+    return path
+
+
+def test_a_file_is_done_and_its_answers_are_printed(served: Stack, requests: Path, tmp_path: Path) -> None:
+    made = batch(served, "create", str(requests), "--metadata", "run=first", "--wait", "--json")
+    assert made.returncode == 0, made.stderr
+    found = json.loads(made.stdout)
+    assert (found["status"], found["metadata"]) == ("completed", {"run": "first"})
+    assert found["request_counts"] == {"total": 5, "completed": 5, "failed": 0}
+    assert found["endpoint"] == "/v1/chat/completions", "what the first line says"
+    printed = batch(served, "results", found["id"])
+    assert {one["custom_id"] for one in parsed(printed.stdout.encode())} == {f"line-{n}" for n in range(5)}
+    target = tmp_path / "out.jsonl"
+    assert batch(served, "results", found["id"], "-o", str(target)).returncode == 0
+    assert target.read_text() == printed.stdout
+    none = batch(served, "results", found["id"], "--errors")
+    assert (none.returncode, none.stdout) == (0, "")
+    assert "has no errors" in none.stderr
+    shown = batch(served, "status", found["id"]).stdout
+    assert "5 done, 0 failed, 5 in all" in shown
+    assert found["output_file_id"] in shown
+    assert any(row.split()[:2] == [found["id"], "completed"] for row in batch(served, "ls").stdout.splitlines())
+
+
+def test_a_file_can_be_asked_of_another_model_than_its_lines_say(served: Stack, tmp_path: Path) -> None:
+    path = tmp_path / "other.jsonl"
+    path.write_bytes(jsonl(line(n, "ünïcode \u2028 text", model="gpt-9") for n in range(3)).rstrip(b"\n"))
+    made = batch(served, "create", str(path), "--model", "echo", "--wait", "--json")
+    assert made.returncode == 0, made.stderr
+    answers = parsed(batch(served, "results", json.loads(made.stdout)["id"]).stdout.encode())
+    assert [one["response"]["body"]["choices"][0]["message"]["content"] for one in answers] == [
+        "ünïcode \u2028 text"
+    ] * 3
+
+
+def test_what_is_wrong_with_a_file_is_said_with_its_line(served: Stack, requests: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"custom_id": "a"}\n')
+    refused = batch(served, "create", str(bad))
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "no request with a url" in refused.stderr
+    bad.write_bytes(requests.read_bytes() + b"nonsense\n")
+    failed = batch(served, "create", str(bad), "--wait")
+    assert failed.returncode == 1
+    assert "failed" in failed.stdout
+    assert "line 6: " in failed.stdout
+    assert batch(served, "create", str(tmp_path / "none.jsonl")).returncode == 2
+    assert batch(served, "create", str(requests), "--metadata", "word").returncode == 2
+    assert batch(served, "status", "batch_nope").returncode == 4
+    away = subprocess.run(
+        [*command(served, "ls")[0], "--base-url", "http://127.0.0.1:9"],
+        capture_output=True,
+        text=True,
+        env=command(served)[1],
+        timeout=60,
+    )
+    assert away.returncode == 3
+    assert len(away.stderr.splitlines()) == 1
+
+
+def test_a_batch_that_runs_shows_what_is_there_and_can_be_cancelled(served: Stack, tmp_path: Path) -> None:
+    path = tmp_path / "slow.jsonl"
+    quick, slow = line(0, "a"), line(1, "b " * 60_000)  # at 1 ms a token it takes a minute
+    path.write_bytes(jsonl([quick, slow]))
+    made = batch(served, "create", str(path))
+    assert made.returncode == 0, made.stderr
+    name = made.stdout.strip()
+    wait_until(lambda: "line-0" in batch(served, "results", name).stdout, "the first answer is there")
+    running = batch(served, "results", name)
+    assert [one["custom_id"] for one in parsed(running.stdout.encode())] == ["line-0"]
+    assert "1 of 2 requests" in running.stderr
+    assert batch(served, "cancel", name).returncode == 0
+    watched = batch(served, "status", name, "--watch", "--json")
+    assert watched.returncode == 1, "it was not completed"
+    assert json.loads(watched.stdout)["status"] == "cancelled"
+    assert "line-0" in batch(served, "results", name).stdout
+
+
+def test_a_terminal_gets_a_bar_that_outlives_an_api_server(served: Stack, tmp_path: Path) -> None:
+    path = tmp_path / "many.jsonl"
+    path.write_bytes(jsonl(line(n, "c " * 2000) for n in range(100)))
+    words, environment = command(served, "create", str(path), "--wait")
+    master, slave = pty.openpty()
+    process = subprocess.Popen(words, stdout=slave, stderr=slave, stdin=slave, env={**environment, "TERM": "xterm"})
+    os.close(slave)
+    seen = ""
+    killed = False
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if select.select([master], [], [], 0.2)[0]:
+            try:
+                seen += os.read(master, 65536).decode(errors="replace")
+            except OSError:  # it has ended
+                break
+        if "/100" in seen and not killed:
+            served.api.kill()
+            served.api = served.start_api(served.port)
+            killed = True
+    os.close(master)
+    assert process.wait(10) == 0, seen
+    assert killed
+    assert "━" in seen
+    assert "100 done, 0 failed, 100 in all" in seen
