@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import typer
-from fastchat_q.api import embeddings, formats, rerank, schemas
+from fastchat_q.api import embeddings, formats, rerank, response_request, schemas
 from fastchat_q.api.anthropic import request as anthropic
 from pydantic import BaseModel
 
@@ -17,6 +17,7 @@ from fastchat_q.settings import Settings
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "api.md").read_text()
 ANTHROPIC = (DOCS / "anthropic.md").read_text()
+RESPONSES = (DOCS / "responses.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_the_reference_says_of_each_parameter_which_feature_a_model_needs_for_it
     assert {name: said.get(name) for name in asked} == asked
 
 
-MIGRATIONS = sorted((Path(__file__).parents[1] / "docs").glob("migrating-from-*.md"))
+MIGRATIONS = sorted(DOCS.glob("migrating-from-*.md"))
 ROOT_COMMAND = typer.main.get_command(app)
 
 
@@ -85,3 +86,10 @@ def test_who_comes_from_elsewhere_is_sent_to_commands_flags_and_settings_that_ar
     assert flags <= flags_of(ROOT_COMMAND)
     settings = {name for span in spans for name in re.findall(r"FASTCHAT_Q_(\w+)", span)}
     assert {name.lower() for name in settings} <= set(Settings.model_fields)
+
+
+def test_every_parameter_of_a_response_is_in_its_reference() -> None:
+    named = set(re.findall(r"`(\w+)[`.]", RESPONSES))
+    assert response_request.ResponseRequest.model_fields.keys() <= named
+    refused = RESPONSES[RESPONSES.index("Refused unless") : RESPONSES.index("Where another parameter")]
+    assert set(re.findall(r"`(\w+)`", refused)) == set(response_request.NOT_SUPPORTED)
