@@ -4,14 +4,23 @@ import re
 from pathlib import Path
 
 import pytest
-from fastchat_q.api import embeddings, formats, rerank, schemas
+from fastchat_q.api import completions, embeddings, formats, rerank, schemas, tokenize
 from pydantic import BaseModel
 
 PAGE = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
 
 
 @pytest.mark.parametrize(
-    "body", [schemas.ChatRequest, embeddings.EmbeddingRequest, rerank.RerankRequest, formats.StructuredOutputs]
+    "body",
+    [
+        schemas.ChatRequest,
+        completions.CompletionRequest,
+        embeddings.EmbeddingRequest,
+        rerank.RerankRequest,
+        formats.StructuredOutputs,
+        tokenize.DetokenizeRequest,
+        tokenize.TokenizeRequest,
+    ],
 )
 def test_every_parameter_is_in_the_reference(body: type[BaseModel]) -> None:
     named = set(re.findall(r"`(\w+)[`.]", PAGE))
@@ -21,3 +30,8 @@ def test_every_parameter_is_in_the_reference(body: type[BaseModel]) -> None:
 def test_every_parameter_that_is_refused_is_in_the_reference() -> None:
     refused = PAGE[PAGE.index("Refused unless") : PAGE.index("### Answers")]
     assert set(re.findall(r"`(\w+)`", refused)) - {"unknown_parameter"} == set(schemas.NOT_SUPPORTED)
+
+
+def test_every_parameter_of_completions_that_is_refused_is_in_the_reference() -> None:
+    refused = PAGE[PAGE.index("Refused there unless") : PAGE.index("## Tokens")]
+    assert set(re.findall(r"`(\w+)`", refused)) == set(completions.NOT_SUPPORTED)
