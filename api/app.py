@@ -6,7 +6,20 @@ from fastapi import FastAPI
 
 from fastchat_q import __version__
 
-from . import batches, chat, completions, embeddings, files, jobs, models, openapi, problems, rerank, tokenize
+from . import (
+    batches,
+    chat,
+    completions,
+    embeddings,
+    files,
+    jobs,
+    models,
+    openapi,
+    problems,
+    rerank,
+    responses,
+    tokenize,
+)
 from .anthropic import routes as anthropic
 from .anthropic import tokens as anthropic_tokens
 from .cors import Cors
@@ -25,6 +38,7 @@ def create_app(service: Service) -> FastAPI:
         completions.router,
         embeddings.router,
         rerank.router,
+        responses.router,
         anthropic.router,
         anthropic_tokens.router,
         files.router,

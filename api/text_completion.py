@@ -91,7 +91,7 @@ def logprobs(pieces: Iterable[Piece], offset: int) -> dict[str, Any] | None:
 
 
 class TextWriter:
-    """Writes one stream's server-sent events, with ids as `ChunkWriter` has them.
+    """Writes one stream's server-sent events, with ids as `ChunkWriter` has them, from the first entry of the log on.
 
     A chunk holds what one piece of an entry says, text, log probabilities and finish reason together.
 
@@ -118,12 +118,6 @@ class TextWriter:
         self._offsets: dict[int, int] = {}
         """Characters of each choice before its next token."""
 
-    def skip(self, deltas: Iterable[Delta]) -> None:
-        """Takes in what the client has already: the places of tokens are counted from the beginning."""
-        for delta in deltas:
-            for piece in delta.pieces:
-                self._logprobs(piece)
-
     def role(self) -> bytes:
         """Nothing: a completion has no role."""
         return b""
@@ -133,6 +127,8 @@ class TextWriter:
         last = events[-1]
         end = last if isinstance(last, End) else None
         deltas: Sequence[Delta] = events if end is None else events[:-1]  # type: ignore[assignment]
+        if self._after is not None:
+            deltas = self._lacking(deltas, self._after)
         said = [delta.pieces[0].text for delta in deltas if delta.is_plain]
         if len(said) < len(deltas):
             body = b"".join([self.events([delta]) if delta.is_plain else self._rich(delta) for delta in deltas])
@@ -141,6 +137,14 @@ class TextWriter:
             if text:
                 body = b"id: %d" % deltas[-1].n + self._open + orjson.dumps(text) + self._close
         return body if end is None else body + self._end(end)
+
+    def _lacking(self, deltas: Sequence[Delta], after: int) -> list[Delta]:
+        """Those that the client lacks; of the others the characters count, for the places of tokens."""
+        for delta in deltas:
+            if delta.n <= after:
+                for piece in delta.pieces:
+                    self._logprobs(piece)
+        return [delta for delta in deltas if delta.n > after]
 
     def _rich(self, delta: Delta) -> bytes:
         n, out = delta.n - delta.k, b""

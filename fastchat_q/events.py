@@ -5,7 +5,7 @@ n, or ``<job id> <n> end <json>``. The token log holds the same payload under th
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -214,6 +214,8 @@ class End:
     state: str
     reason: str
     result: Result | None
+    ended_ms: int | None = field(default=None, compare=False)
+    """When the job ended; None: it goes on for all that is known, and only its reader is given up."""
 
     def error(self) -> FastchatQError | None:
         """None if the job succeeded, else the exception that says why not."""
@@ -284,7 +286,7 @@ def decode_end(n: int, body: bytes) -> End:
     """The JSON of a terminal line."""
     raw = orjson.loads(body)
     result = raw["result"]
-    return End(n, raw["state"], raw["reason"], None if result is None else Result.from_dict(result))
+    return End(n, raw["state"], raw["reason"], None if result is None else Result.from_dict(result), raw.get("t"))
 
 
 def parse_line(line: bytes) -> tuple[str, Event]:
