@@ -22,6 +22,8 @@ from fastchat_q.events import Piece, Usage, decode_delta, encode_payload
 from fastchat_q.jobs import Feature, Job
 from fastchat_q.registry import ModelCard
 
+NOT_PLAYED = {"completions", "prompt_logprobs", "tokenize"}
+"""Features of models: a script is of a chat."""
 SIZE = 8
 """Numbers in a vector."""
 
@@ -53,7 +55,7 @@ class ScriptedEngine(Engine):
     """Plays scripts, one step of each at a time."""
 
     def __init__(self, name: str, kind: Any) -> None:
-        features = get_args(Feature) if kind == "chat" else ()
+        features = tuple(set(get_args(Feature)) - NOT_PLAYED) if kind == "chat" else ()
         super().__init__(ModelCard(name, "scripted", 4096, int(time.time()), kind=kind, features=features), 64)
         self._rows: dict[str, list[tuple[float, Output]]] = {}
 
