@@ -6,8 +6,22 @@ from fastapi import FastAPI
 
 from fastchat_q import __version__
 
-from . import batches, chat, embeddings, files, jobs, models, openapi, problems, rerank
+from . import (
+    batches,
+    chat,
+    completions,
+    embeddings,
+    files,
+    jobs,
+    models,
+    openapi,
+    problems,
+    rerank,
+    responses,
+    tokenize,
+)
 from .anthropic import routes as anthropic
+from .anthropic import tokens as anthropic_tokens
 from .cors import Cors
 from .guard import Guard
 from .service import Service
@@ -21,13 +35,17 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     for router in (
         chat.router,
+        completions.router,
         embeddings.router,
         rerank.router,
+        responses.router,
         anthropic.router,
+        anthropic_tokens.router,
         files.router,
         batches.router,
         jobs.router,
         models.router,
+        tokenize.router,
     ):  # include_router would match every request twice: 15 % of its cost
         app.router.routes.extend(router.routes)
     app.openapi = cache(partial(openapi.document, app, SUMMARY, keys=service.authenticator.on))  # type: ignore[method-assign]

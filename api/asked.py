@@ -23,6 +23,10 @@ class Asked:
     """With server-sent events, as they come."""
     detached: bool = False
     """The job is done though its client goes."""
+    background: bool = False
+    """The answer says that the job was accepted, and does not wait for it."""
+    keep: bool = False
+    """The answer can be had again for the time that results are kept."""
     spelt: Mapping[str, str] = field(default_factory=dict)
     """Parameters that have another name in the request than in the job."""
     images: Images | None = None

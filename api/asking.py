@@ -1,6 +1,8 @@
 """From a parsed request to its answer: admitted, queued as a job, and rendered. The line that all endpoints share."""
 
 import hashlib
+from dataclasses import replace
+from typing import Any
 
 import orjson
 from fastapi import Request
@@ -10,10 +12,12 @@ from fastchat_q.abilities import check_can_do
 from fastchat_q.errors import FastchatQError, InvalidRequestError
 from fastchat_q.events import End
 from fastchat_q.jobs import Job
-from fastchat_q.keys import public_job_id
+from fastchat_q.keys import public_job_id, slug
 from fastchat_q.loops import PreemptedError, unless
 from fastchat_q.queue import KEEP_S, Terms
+from fastchat_q.records import read_record
 from fastchat_q.tenants import Caller
+from fastchat_q.tokens import read
 
 from . import answers, render
 from .admission import admit, resolve
@@ -22,6 +26,7 @@ from .auth import caller_of
 from .limits import NOTHING, Reservation
 from .problems import error_response
 from .service import Service, service_of
+from .stream import JobStream
 from .streaming import JobStreamResponse, disconnected, raise_if_failed, sse
 
 CLIENT_CLOSED_REQUEST = 499
@@ -38,13 +43,13 @@ async def answer(request: Request, asked: Asked) -> Response:
     key_digest = idempotency[0] if idempotency else ""
     name = job.model
     model = await resolve(service.catalog, service.queue, caller.tenant, name, job.id, key_digest)
-    job = job.model_copy(update={"model": model})
+    job, view = job.model_copy(update={"model": model}), replace(view, slug=slug(model))
     known = idempotency is not None and await service.queue.is_known(job.model, caller.tenant, idempotency[0])
     if not known:  # an answer that is there needs no worker
         card = await admit(service.catalog, caller, job.model, job.lane, asked=name)
         if card is not None:
             check_can_do(card, job, asked.spelt)
-    terms = _terms(service, caller, job, view, idempotency, detached=asked.detached)
+    terms = _terms(service, caller, job, replace(asked, view=view), idempotency)
     reservation = Reservation(caller) if known else await service.limits.reserve(caller, job)
     try:
         if images is not None and service.fetcher is not None and not known:
@@ -65,10 +70,10 @@ async def answer(request: Request, asked: Asked) -> Response:
     handed_over = False
     try:
         if not asked.stream:
-            received, end = await unless(disconnected(request), events.collect())
-            raise_if_failed(end)
-            return Response(render.to_json(answers.whole(view, received, end)), 200, headers, "application/json")
-        first = await unless(disconnected(request), events.take(service.settings.queue_comment_after_s))
+            body = _accepted(service, events, view) if asked.background else _whole(request, events, view)
+            return Response(render.to_json(await body), 200, headers, "application/json")
+        patience_s = 0.0 if asked.background else service.settings.queue_comment_after_s
+        first = await unless(disconnected(request), events.take(patience_s))
         if first and isinstance(first[-1], End):
             raise_if_failed(first[-1])  # still a status of its own: no byte is out
         chunks = sse(events, first, answers.writer(view))
@@ -84,14 +89,28 @@ async def answer(request: Request, asked: Asked) -> Response:
             leave()
 
 
+async def _whole(request: Request, events: JobStream, view: render.View) -> dict[str, Any]:
+    """The answer, when it is there."""
+    received, end = await unless(disconnected(request), events.collect())
+    raise_if_failed(end)
+    return answers.whole(view, received, end)
+
+
+async def _accepted(service: Service, events: JobStream, view: render.View) -> dict[str, Any]:
+    """How far a job is that goes on by itself: at its beginning, unless an idempotency key found an earlier one."""
+    if not events.view:
+        return answers.state(view, None, ())
+    slots = service.catalog.slots(events.model)
+    record = await read_record(service.redis, events.model, events.job_id, slots=slots)
+    return answers.state(view, record, await read(service.redis, events.model, events.job_id))
+
+
 def _terms(
     service: Service,
     caller: Caller,
     job: Job,
-    view: render.View,
+    asked: Asked,
     idempotency: tuple[str, str] | None,
-    *,
-    detached: bool,
 ) -> Terms:
     settings = service.settings
     return Terms(
@@ -102,9 +121,10 @@ def _terms(
         max_waiting=settings.max_waiting,
         queue_deadline_s=settings.queue_deadline_s,
         deadline_s=settings.deadline_s,
-        keep_s=settings.result_ttl_s if detached or idempotency else KEEP_S,
-        detached=detached,
-        view=view.to_json(),
+        keep_s=settings.result_ttl_s if asked.detached or asked.keep or idempotency else KEEP_S,
+        keep_images=asked.keep,
+        detached=asked.detached,
+        view=asked.view.to_json(),
         idempotency=idempotency,
         slots=service.catalog.slots(job.model),
     )

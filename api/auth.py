@@ -19,7 +19,11 @@ from fastchat_q.tenants import ANONYMOUS, BOOTSTRAP, ApiKey, Caller, Scope
 
 log = structlog.get_logger()
 
-PATH_SCOPES: tuple[tuple[str, Scope], ...] = (("/v1/", "inference"),)
+PATH_SCOPES: tuple[tuple[str, Scope], ...] = (
+    ("/v1/", "inference"),
+    ("/tokenize", "inference"),
+    ("/detokenize", "inference"),
+)
 """Path prefix -> scope that a key needs there; the first that fits counts. Other paths need no key."""
 KNOWN_S = 5.0
 """How long a key that was found is trusted without asking again: a revoked one is refused after that."""

@@ -32,7 +32,7 @@ MAX_SHORT_READS = 3
 """A job has ended, and its log still lacks tokens: once can be chance, this often it is damage."""
 MAX_SUBMISSIONS = 4
 """A job that vanishes more often than this is reported as lost."""
-FIELDS = ("state", "n", "reason", "result", "lane", "keep_ms")
+FIELDS = ("state", "n", "reason", "result", "lane", "keep_ms", "done_ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class _Found:
     lane: str | None
     rank: int | None
     keep_ms: int
+    ended_ms: int | None
 
 
 class CatchUp:
@@ -91,7 +92,7 @@ class CatchUp:
                 _diverge(stream)
                 continue
             interactive, service_ms, mode, entries, record, rank = own
-            state, n, reason, result, lane, keep_ms = record
+            state, n, reason, result, lane, keep_ms, done_ms = record
             found = _Found(
                 entries,
                 state.decode() if state else None,
@@ -101,6 +102,7 @@ class CatchUp:
                 lane.decode() if lane else None,
                 rank,
                 int(keep_ms or 0),
+                number(done_ms),
             )
             try:
                 self._set_place(stream, found, interactive, number(service_ms), mode == b"paused")
@@ -149,7 +151,7 @@ class CatchUp:
             stream.submitted += 1
             log.warning("job lost by redis, submitted again", job=stream.job_id, tokens=stream.seen)
             try:
-                await blobs.store(self._redis, stream.model, submission.blobs, submission.terms.deadline_s)
+                await blobs.store(self._redis, stream.model, submission.blobs, submission.terms.images_s)
                 accepted = await self._queue.enqueue(submission.job, submission.terms, stream.entries() or ())
             except FastchatQError as error:  # others were faster and filled the queue
                 log.warning("not accepted again", job=stream.job_id, error=error.message)
@@ -227,4 +229,4 @@ def _end(found: _Found) -> End | None:
     if found.state not in TERMINAL_STATES or found.state is None:
         return None
     decoded = Result.from_dict(orjson.loads(found.result)) if found.result else None
-    return End(found.n, found.state, found.reason, decoded)
+    return End(found.n, found.state, found.reason, decoded, found.ended_ms)

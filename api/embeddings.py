@@ -31,10 +31,13 @@ SomeText = Annotated[str, Field(min_length=1)]
 SomeIds = Some[TokenId]
 
 
-def _inputs(value: Any) -> Inputs:
-    """A text, token ids, or a list of one of these, as a tuple of what is to be embedded.
+def inputs(value: Any, *, empty: bool = False) -> Inputs:
+    """A text, token ids, or a list of one of these, as a tuple of these.
 
     By hand, for of the four branches of a union nobody could say which one was meant.
+
+    Args:
+        empty: texts may be.
     """
     if isinstance(value, str):
         value = [value]
@@ -42,15 +45,15 @@ def _inputs(value: Any) -> Inputs:
         raise PydanticCustomError("inputs", "Input should be a text, token ids, or a list of texts or of token ids")
     if isinstance(value[0], int):
         value = [value]
-    inputs = tuple([tuple(one) if isinstance(one, list) else one for one in value])
-    for number, one in enumerate(inputs):
-        if type(one) is not type(inputs[0]) or not isinstance(one, str | tuple):
+    found = tuple([tuple(one) if isinstance(one, list) else one for one in value])
+    for number, one in enumerate(found):
+        if type(one) is not type(found[0]) or not isinstance(one, str | tuple):
             raise PydanticCustomError(
                 "inputs",
                 "Input {number} is neither a text nor token ids, or not as those before it",
                 {"number": number},
             )
-        if not one:
+        if not one and not (empty and isinstance(one, str)):
             raise PydanticCustomError("inputs", "Input {number} is empty", {"number": number})
         if isinstance(one, tuple) and not all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in one):
             raise PydanticCustomError("inputs", "Input {number} holds what is no token id", {"number": number})
@@ -58,7 +61,7 @@ def _inputs(value: Any) -> Inputs:
             raise PydanticCustomError(
                 "inputs", "Input {number} is no valid Unicode: it has lone surrogates", {"number": number}
             )
-    return inputs
+    return found
 
 
 class EmbeddingRequest(Strict):
@@ -67,7 +70,7 @@ class EmbeddingRequest(Strict):
     model: str = Field(min_length=1, max_length=256)
     input: Annotated[
         Inputs,
-        BeforeValidator(_inputs, json_schema_input_type=SomeText | Some[SomeText] | SomeIds | Some[SomeIds]),
+        BeforeValidator(inputs, json_schema_input_type=SomeText | Some[SomeText] | SomeIds | Some[SomeIds]),
     ]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(default=None, ge=1, lt=2**31)

@@ -8,10 +8,12 @@ from pydantic import BaseModel, ValidationError
 
 from fastchat_q.settings import Settings
 
-from . import chat, embeddings
+from . import chat, completions, embeddings, response_request
 from .asked import Asked
+from .completions import CompletionRequest
 from .embeddings import EmbeddingRequest
 from .problems import invalid_request, most_specific
+from .response_request import ResponseRequest
 from .schemas import ChatRequest
 
 
@@ -38,5 +40,7 @@ class Endpoint:
 
 ENDPOINTS: Mapping[str, Endpoint] = {
     "/v1/chat/completions": Endpoint(ChatRequest, chat.asked),
+    "/v1/completions": Endpoint(CompletionRequest, lambda body, settings, size: completions.asked(body, settings)),
     "/v1/embeddings": Endpoint(EmbeddingRequest, lambda body, settings, size: embeddings.asked(body, settings)),
+    "/v1/responses": Endpoint(ResponseRequest, response_request.asked_in_batch),
 }

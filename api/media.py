@@ -5,6 +5,7 @@ import base64
 import binascii
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fastchat_q.errors import InvalidRequestError
@@ -43,9 +44,7 @@ class Images:
         Raises:
             InvalidRequestError: it is no image in a data URL, too large, or one too many.
         """
-        self._count += 1
-        if self._count > self.max_count:
-            raise _refused(param, f"The request has more than {self.max_count} images", "too_many_images")
+        self._count_one(param)
         if self.remote and url[:8].lower() == "https://":
             self.named.setdefault(url, param)
             return _place(url)
@@ -54,6 +53,18 @@ class Images:
         digest = hashlib.sha256(content).hexdigest()
         self.blobs[digest] = content
         return digest
+
+    def take(self, url: str | None, digest: str, known: Mapping[str, bytes], param: str) -> None:
+        """Takes an image in that came with an earlier request, from its URL or from ``known``, by its digest.
+
+        Raises:
+            InvalidRequestError: it is one too many, or not fetched any more.
+        """
+        if url is not None:
+            self.add(url, param)
+            return
+        self._count_one(param)
+        self.blobs[digest] = known[digest]
 
     async def fetch(self, job: Job, fetcher: Fetcher) -> Job:
         """Fetches the images that are named by URL, and returns the job with their digests in their places.
@@ -68,6 +79,11 @@ class Images:
         self.blobs |= {digests[url]: content for url, content in fetched.items()}
         places = {_place(url): digest for url, digest in digests.items()}
         return job.model_copy(update={"messages": tuple([_filled(message, places) for message in job.messages])})
+
+    def _count_one(self, param: str) -> None:
+        self._count += 1
+        if self._count > self.max_count:
+            raise _refused(param, f"The request has more than {self.max_count} images", "too_many_images")
 
     def _decode(self, url: str, param: str) -> bytes:
         if not url.startswith("data:"):

@@ -28,7 +28,7 @@ def chunks(delta: Delta) -> list[Chunk]:
     """The chunks of an entry; none if it says nothing."""
     found: list[Chunk] = []
     start = delta.n - delta.k
-    for pieces, k in _groups(delta.pieces):
+    for pieces, k in groups(delta.pieces):
         parts = [part for piece in pieces for part in _parts(piece)]
         alone = min(len(parts), k) - 1
         found += [Chunk(start + number, [part]) for number, part in enumerate(parts[: max(alone, 0)], 1)]
@@ -68,7 +68,7 @@ def logprobs(found: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     return {"content": content, "refusal": None}
 
 
-def _groups(pieces: Sequence[Piece]) -> Iterable[tuple[list[Piece], int]]:
+def groups(pieces: Sequence[Piece]) -> Iterable[tuple[list[Piece], int]]:
     """Pieces with the tokens that they count for; one that counts for none goes with a neighbour."""
     group: list[Piece] = []
     k = 0

@@ -70,7 +70,7 @@ class Relay:
         )  # first: tokens can be faster than the reply
         try:
             async with asyncio.timeout(SUBMIT_S):
-                await blobs.store(self._redis, job.model, images, terms.deadline_s)
+                await blobs.store(self._redis, job.model, images, terms.images_s)
                 accepted = await self._queue.enqueue(job, terms)
                 if accepted.job_id != job.id:
                     self._close(stream)
@@ -93,6 +93,7 @@ class Relay:
         """The stream of a job, behind its first ``after`` tokens; whoever calls this also calls `leave`.
 
         Args:
+            after: tokens that the reader has, or events, where these are counted otherwise.
             tenant: whose job it must be; None: anybody's.
             whole: the stream begins with the first token all the same.
 

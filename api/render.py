@@ -5,7 +5,7 @@ That is for plain tokens; what is more (choices, tool calls, reasoning, log prob
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import orjson
 
@@ -16,7 +16,7 @@ from fastchat_q.versions import known_fields
 from . import parts
 
 SERVICE_TIERS: dict[Lane, str] = {"hi": "default", "lo": "flex"}
-Form = Literal["chat", "embeddings", "message", "rerank"]
+Form = Literal["chat", "completion", "embeddings", "message", "message_tokens", "rerank", "response", "text", "tokens"]
 """How an answer looks; ``answers`` has the functions of each."""
 ENDING_IDS = 3
 """Ids behind that of the last token: finish reason, usage, [DONE]."""
@@ -42,6 +42,8 @@ class View:
     """How many choices there are; of embeddings: how many inputs."""
     extra: dict[str, Any] = field(default_factory=dict)
     """What its form needs beside the rest; JSON."""
+    slug: str = ""
+    """Of the queue that the job is in, which is another one than that of ``model`` if this is an alias."""
 
     def to_json(self) -> str:
         """JSON for the job record."""
@@ -55,7 +57,7 @@ class View:
     @property
     def completion_id(self) -> str:
         """The ``id`` of the completion, and of each of its chunks."""
-        return f"chatcmpl-{self.job_id}"
+        return f"{'cmpl' if self.form == 'completion' else 'chatcmpl'}-{self.job_id}"
 
 
 def completion(view: View, events: Sequence[Event], end: End) -> dict[str, Any]:
@@ -97,6 +99,14 @@ class Writer(Protocol):
 
     def events(self, events: Sequence[Event]) -> bytes:
         """What some events make; the last one may be the end."""
+
+
+@runtime_checkable
+class Opening(Protocol):
+    """A writer that has something to say before the job has begun."""
+
+    def opening(self) -> bytes:
+        """What there is as soon as the queue has the job."""
 
 
 class ChunkWriter:

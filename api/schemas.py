@@ -101,6 +101,9 @@ def _token_biases(value: Any) -> Any:
     return value
 
 
+TokenBiases = Annotated[dict[str, float], BeforeValidator(_token_biases)]
+
+
 def _named(choice: str | NamedTool | AllowedTools | None) -> list[str]:
     """The functions that a choice names."""
     if isinstance(choice, AllowedTools):
@@ -130,7 +133,7 @@ class ChatRequest(Strict):
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     presence_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
     frequency_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
-    logit_bias: Annotated[dict[str, float], BeforeValidator(_token_biases)] | None = None
+    logit_bias: TokenBiases | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
@@ -225,7 +228,12 @@ class ChatRequest(Strict):
             messages=tuple(
                 [message.to_message(images, f"messages[{number}]") for number, message in enumerate(self.messages)]
             ),
-            sampling=self._sampling(),
+            sampling=sampling_of(
+                self,
+                max_tokens=self.max_completion_tokens or self.max_tokens,
+                n=self.n,
+                logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            ),
             tools=tuple([tool.to_object() for tool in self._tools()]),
             tool_choice=self._tool_choice(),
             parallel_tool_calls=self.parallel_tool_calls is not False,
@@ -245,33 +253,37 @@ class ChatRequest(Strict):
             return choice.allowed_tools.mode
         return f"function:{choice.function.name}" if isinstance(choice, NamedTool) else choice or "auto"
 
-    def _sampling(self) -> Sampling:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        guide = self.structured_outputs or self.response_format
-        asked = {
-            "max_tokens": self.max_completion_tokens or self.max_tokens,
-            "min_tokens": self.min_tokens,
-            "temperature": self.temperature,
-            "top_p": None if self.top_p is None else max(self.top_p, 1e-6),
-            "top_k": None if self.top_k is None else max(self.top_k, 0),
-            "min_p": self.min_p,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "repetition_penalty": self.repetition_penalty,
-            "logit_bias": self.logit_bias,
-            "seed": secrets.randbits(63) if self.seed is None else self.seed,
-            "seeded": self.seed is not None or None,
-            "stop": stop,
-            "stop_token_ids": self.stop_token_ids,
-            "ignore_eos": self.ignore_eos,
-            "n": self.n,
-            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
-            "guide": guide.to_guide() if guide is not None else None,
-        }
-        return Sampling.model_validate({name: value for name, value in asked.items() if value is not None})
-
     def _template_kwargs(self) -> dict[str, Any]:
         kwargs = dict(self.chat_template_kwargs or {})
         if self.reasoning_effort is not None:
             kwargs["reasoning_effort"] = self.reasoning_effort
         return kwargs
+
+
+def sampling_of(body: Any, **own: Any) -> Sampling:
+    """How a request wants its tokens chosen, by the parameters that all requests for text share.
+
+    Args:
+        own: what requests of its kind say in their own way; None: nothing.
+    """
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    guide = body.structured_outputs or body.response_format
+    asked = {
+        "min_tokens": body.min_tokens,
+        "temperature": body.temperature,
+        "top_p": None if body.top_p is None else max(body.top_p, 1e-6),
+        "top_k": None if body.top_k is None else max(body.top_k, 0),
+        "min_p": body.min_p,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "repetition_penalty": body.repetition_penalty,
+        "logit_bias": body.logit_bias,
+        "seed": secrets.randbits(63) if body.seed is None else body.seed,
+        "seeded": body.seed is not None or None,
+        "stop": stop,
+        "stop_token_ids": body.stop_token_ids,
+        "ignore_eos": body.ignore_eos,
+        "guide": guide.to_guide() if guide is not None else None,
+        **own,
+    }
+    return Sampling.model_validate({name: value for name, value in asked.items() if value is not None})

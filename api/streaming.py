@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from fastchat_q.events import End, Event
 
-from .render import Writer, queue_comment
+from .render import Opening, Writer, queue_comment
 from .stream import JobStream
 
 log = structlog.get_logger()
@@ -61,17 +61,23 @@ class JobStreamResponse(EventSourceResponse):
 
 async def sse(stream: JobStream, first: list[Event], writer: Writer) -> AsyncIterator[bytes]:
     """The bytes of a stream, from the events that are there already to the end."""
+    has_ids = isinstance(writer, Opening)
+    if isinstance(writer, Opening):
+        yield writer.opening()
     events = first
     place: int | None = -1
     quiet_s = 0.0
     while not events:
         if stream.place != place or quiet_s >= COMMENT_S:
             place, quiet_s = stream.place, 0.0
-            yield queue_comment(place, stream.eta_s)
+            comment = queue_comment(place, stream.eta_s)
+            yield comment[:-1] if has_ids else comment  # behind an id an empty line is an event: see _ping
         events = await stream.take(1.0)
         quiet_s += 1.0
     failed = isinstance(events[0], End) and events[0].error() is not None
-    yield writer.events(events) if failed else writer.role() + writer.events(events)
+    opening = writer.events(events) if failed else writer.role() + writer.events(events)
+    if opening:
+        yield opening
     while not isinstance(events[-1], End):
         events = await stream.take()
         chunk = writer.events(events)

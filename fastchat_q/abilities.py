@@ -4,14 +4,25 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from .errors import InvalidRequestError
-from .jobs import Job, Kind
+from .jobs import Feature, Job, Kind
 from .registry import ModelCard
 
 ENDPOINTS: dict[Kind, str] = {
     "chat": "POST /v1/chat/completions",
+    "completion": "POST /v1/completions",
+    "tokenize": "POST /tokenize",
+    "detokenize": "POST /detokenize",
     "embed": "POST /v1/embeddings",
     "rerank": "POST /v1/rerank",
 }
+
+OF_TEXT: dict[Kind, Feature] = {"completion": "completions", "tokenize": "tokenize", "detokenize": "tokenize"}
+"""Jobs that language models do, of whichever kind, if they have this feature."""
+NO_TEMPLATE = (
+    "The model {name!r} has no chat template, so it cannot take chat messages: it completes prompts "
+    "(POST /v1/completions). Its operator can give it one with --chat-template NAME or --chat-template FILE, or serve "
+    "an instruction-tuned variant."
+)
 
 
 def check_can_do(card: ModelCard, job: Job, spelt: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -23,10 +34,12 @@ def check_can_do(card: ModelCard, job: Job, spelt: Mapping[str, str] = MappingPr
     Raises:
         InvalidRequestError: it names the parameter, or that the model is one for another kind of job.
     """
-    if job.kind != card.kind:
+    if job.kind != card.kind and OF_TEXT.get(job.kind) not in card.features:
+        if card.kind == "completion" and job.kind == "chat":
+            raise InvalidRequestError(NO_TEMPLATE.format(name=card.name), param="messages", code="no_chat_template")
         raise InvalidRequestError(
             f"The model {card.name!r} takes no such request, only {ENDPOINTS[card.kind]}. GET /v1/models says of each "
-            f"model which kind it is; {ENDPOINTS[job.kind]} needs one of kind {job.kind!r}.",
+            f"model what it is for; {ENDPOINTS[job.kind]} needs one {_needed(job.kind)}.",
             param="model",
             code="model_kind",
         )
@@ -39,3 +52,8 @@ def check_can_do(card: ModelCard, job: Job, spelt: Mapping[str, str] = MappingPr
                 param=name,
                 code="unsupported_parameter",
             )
+
+
+def _needed(kind: Kind) -> str:
+    feature = OF_TEXT.get(kind)
+    return f"of kind {kind!r}" if feature is None else f"with the feature {feature!r}"

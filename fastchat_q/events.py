@@ -5,7 +5,7 @@ n, or ``<job id> <n> end <json>``. The token log holds the same payload under th
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -68,6 +68,8 @@ class Piece(NamedTuple):
     """Of an embedding: base64 of little-endian float32. Of a reranker: the same, one score."""
     units: int = 0
     """What it counts for in the log if it has no ids: one for what an upstream server sent, or for an embedding."""
+    echo: bool = False
+    """It is the prompt, told back before the answer. Its first token has no log probability: 0 stands for none."""
 
     @property
     def k(self) -> int:
@@ -89,14 +91,14 @@ PLAIN = Piece()[2:]
 
 
 def merged(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
-    """Pieces that go out together: one for each choice, in the order in which they came."""
+    """Pieces that go out together: one for each choice (and its prompt), in the order in which they came."""
     if all(piece.is_plain for piece in pieces):
         if len(pieces) == 1:
             return (pieces[0],)
         return (Piece(tuple([i for piece in pieces for i in piece.ids]), "".join([piece.text for piece in pieces])),)
-    by_choice: dict[int, list[Piece]] = {}
+    by_choice: dict[tuple[int, bool], list[Piece]] = {}
     for piece in pieces:
-        by_choice.setdefault(piece.choice, []).append(piece)
+        by_choice.setdefault((piece.choice, piece.echo), []).append(piece)
     return tuple([some[0] if len(some) == 1 else _joined(some) for some in by_choice.values()])
 
 
@@ -112,6 +114,7 @@ def _joined(pieces: list[Piece]) -> Piece:
         finish=pieces[-1].finish,
         vector="".join([piece.vector for piece in pieces]),
         units=sum([piece.units for piece in pieces]),
+        echo=pieces[0].echo,
     )
 
 
@@ -211,6 +214,8 @@ class End:
     state: str
     reason: str
     result: Result | None
+    ended_ms: int | None = field(default=None, compare=False)
+    """When the job ended; None: it goes on for all that is known, and only its reader is given up."""
 
     def error(self) -> FastchatQError | None:
         """None if the job succeeded, else the exception that says why not."""
@@ -234,7 +239,8 @@ def encode_payload(pieces: Sequence[Piece]) -> bytes:
     """The payload of a log entry on one line: ``{"t": [token ids], "s": "text", …}``, or a list of such objects.
 
     The other fields are there if they say something: ``c`` choice, ``r`` reasoning, ``f`` parts of tool calls, ``l``
-    log probabilities, ``e`` finish reason, ``v`` vector, ``u`` units; in the order of the fields of their types.
+    log probabilities, ``e`` finish reason, ``v`` vector, ``u`` units, ``p`` prompt; in the order of the fields of their
+    types.
     """
     objects = [_to_object(piece) for piece in pieces]
     return orjson.dumps(objects[0] if len(objects) == 1 else objects, default=tuple)
@@ -243,7 +249,7 @@ def encode_payload(pieces: Sequence[Piece]) -> bytes:
 def _to_object(piece: Piece) -> dict[str, Any]:
     found: dict[str, Any] = {"t": piece.ids, "s": piece.text}
     if not piece.is_plain:
-        extra = zip("crflevu", piece[2:], PLAIN, strict=True)
+        extra = zip("crflevup", piece[2:], PLAIN, strict=True)
         found |= {name: value for name, value, default in extra if value != default}
     return found
 
@@ -261,6 +267,7 @@ def _from_object(raw: dict[str, Any]) -> Piece:
         raw.get("e"),
         raw.get("v", ""),
         raw.get("u", 0),
+        raw.get("p", False),
     )
 
 
@@ -279,7 +286,7 @@ def decode_end(n: int, body: bytes) -> End:
     """The JSON of a terminal line."""
     raw = orjson.loads(body)
     result = raw["result"]
-    return End(n, raw["state"], raw["reason"], None if result is None else Result.from_dict(result))
+    return End(n, raw["state"], raw["reason"], None if result is None else Result.from_dict(result), raw.get("t"))
 
 
 def parse_line(line: bytes) -> tuple[str, Event]:

@@ -162,9 +162,10 @@ class Files:
             here = await self.storage.get(IDENTITY)
         except MissingObjectError:
             here = b""
-        if here:
-            await self._redis.set(keys.FILE_STORAGE, here, nx=True)
         there = await self._redis.get(keys.FILE_STORAGE)
+        if here and there is None:
+            await self._redis.set(keys.FILE_STORAGE, here, nx=True)
+            there = await self._redis.get(keys.FILE_STORAGE)
         if there is not None and there != here:
             log.error(
                 "files are kept elsewhere by other processes: give all API servers and the orchestrator the same "

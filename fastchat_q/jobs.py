@@ -19,11 +19,25 @@ CONTINUE = "continue_final_message"
 """In ``template_kwargs``: the answer goes on where the last message, the assistant's, stops."""
 
 Lane = Literal["hi", "lo"]
-Kind = Literal["chat", "embed", "rerank"]
+Kind = Literal["chat", "completion", "tokenize", "detokenize", "embed", "rerank"]
+"""What a job asks for; of a model, what it is for. One of kind ``chat`` may do the first four (its features say so),
+one of kind ``completion`` has no chat template."""
 Role = Literal["system", "user", "assistant", "tool"]
-Feature = Literal["n", "sampling", "penalties", "logprobs", "structured_outputs", "tools", "reasoning", "vision"]
+Feature = Literal[
+    "n",
+    "sampling",
+    "penalties",
+    "logprobs",
+    "structured_outputs",
+    "tools",
+    "reasoning",
+    "vision",
+    "completions",
+    "prompt_logprobs",
+    "tokenize",
+]
 """What an engine can do beyond plain generation. ``sampling``: top_k, min_p, min_tokens, stop_token_ids; ``penalties``:
-those of presence, frequency and repetition, and logit_bias."""
+those of presence, frequency and repetition, and logit_bias; ``prompt_logprobs``: echo with logprobs."""
 
 
 class _Frozen(BaseModel):
@@ -75,8 +89,8 @@ class Guide(_Frozen):
 class Sampling(_Frozen):
     """How tokens are chosen and when generation ends. ``seed`` is always set, so that a resumed job draws the same."""
 
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Upper bound on generated tokens; None: what is left of the context."""
+    max_tokens: int | None = Field(default=None, ge=0)
+    """Upper bound on generated tokens; None: what is left of the context. 0 only where the prompt is told back."""
     clip: bool = False
     """``max_tokens`` may be more than the context has left: then that is the bound."""
     min_tokens: int = Field(default=0, ge=0)
@@ -140,8 +154,16 @@ class Job(_Frozen):
     parallel_tool_calls: bool = True
     template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """For the chat template, such as ``enable_thinking``, and ``reasoning_effort``: what the client sent."""
+    generation_prompt: bool = True
+    """The chat template begins the answer. Only what counts tokens may do without."""
     inputs: tuple[str | tuple[int, ...], ...] = ()
-    """Texts or token ids to embed, or documents to rank."""
+    """Texts or token ids: prompts to complete, what is to be embedded, or documents to rank; or one to tokenize."""
+    special_tokens: bool | None = None
+    """Whether the tokenizer puts its special tokens around; None: around a text, and not around messages."""
+    echo: bool = False
+    """Of a completion: each answer begins with its prompt."""
+    tells: Literal["count", "ids", "strings"] = "ids"
+    """Of a job that tokenizes: what it is to tell of the tokens; ``strings``: beside their ids."""
     query: str | None = None
     """What documents are ranked for."""
     dimensions: int | None = Field(default=None, ge=1)
@@ -149,8 +171,11 @@ class Job(_Frozen):
 
     @model_validator(mode="after")
     def _has_what_its_kind_needs(self) -> Self:
-        if not (self.messages if self.kind == "chat" else self.inputs):
-            raise ValueError(f"a job of kind {self.kind} needs {'messages' if self.kind == 'chat' else 'inputs'}")
+        of_messages = self.kind == "chat" or (self.kind == "tokenize" and not self.inputs)
+        if not (self.messages if of_messages else self.inputs):
+            raise ValueError(f"a job of kind {self.kind} needs {'messages' if of_messages else 'inputs'}")
+        if self.kind in ("tokenize", "detokenize") and len(self.inputs) > 1:
+            raise ValueError(f"a job of kind {self.kind} has one input")
         return self
 
     @property
@@ -163,12 +188,21 @@ class Job(_Frozen):
     @property
     def cost(self) -> int:
         """What it may cost, in tokens, for fair queueing and limits; corrected by what it really used."""
+        if self.kind in ("tokenize", "detokenize"):
+            return 1  # it has no model compute anything
         if self.kind != "chat":
             query = len(self.query or "") * len(self.inputs)
-            return _tokens(query + sum(len(one) * _characters(one) for one in self.inputs))
+            given = _tokens(query + sum(len(one) * _characters(one) for one in self.inputs))
+            return given + (len(self.inputs) * self._made if self.kind == "completion" else 0)
         images = sum(len(message.images) for message in self.messages)
         prompt = _tokens(sum(len(message.text) for message in self.messages)) + images * IMAGE_TOKENS
-        return prompt + self.sampling.n * (self.sampling.max_tokens or ASSUMED_TOKENS)
+        return prompt + self._made
+
+    @property
+    def _made(self) -> int:
+        """Tokens that may be generated for a prompt."""
+        most = self.sampling.max_tokens
+        return self.sampling.n * (ASSUMED_TOKENS if most is None else most)
 
     @property
     def blobs(self) -> tuple[str, ...]:
@@ -184,6 +218,8 @@ class Job(_Frozen):
             asked["messages"] = "vision"
         if self.template_kwargs.get("reasoning_effort") not in (None, "none"):
             asked["reasoning_effort"] = "reasoning"
+        if self.echo and self.sampling.logprobs is not None:
+            asked["echo"] = "prompt_logprobs"
         return asked
 
     def needs(self) -> set[Feature]:

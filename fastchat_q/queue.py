@@ -63,6 +63,8 @@ class Terms:
     """It must be done by then."""
     keep_s: float = KEEP_S
     """How long record and tokens are kept after the end."""
+    keep_images: bool = False
+    """Its images are kept as long: a later request may go on with them."""
     detached: bool = False
     """It goes on with nobody listening."""
     view: str = ""
@@ -71,6 +73,11 @@ class Terms:
     """Digests of the client's key and of its request."""
     slots: int = 0
     """Slots that serve the model now; 0: unknown."""
+
+    @property
+    def images_s(self) -> float:
+        """How long its images are needed at the most."""
+        return self.deadline_s + (self.keep_s if self.keep_images else 0.0)
 
     def __post_init__(self) -> None:
         if not MIN_WEIGHT <= self.weight <= MAX_WEIGHT:  # a tag of infinity would end fairness for all
@@ -307,6 +314,18 @@ class Queue:
         before: bytes = await self._call("cancel", model, args)
         return before.decode()
 
+    async def forget(self, model: str, job_id: str, *, tenant: str | None = None) -> str:
+        """Deletes a job with all that was asked and answered; one that has not ended is cancelled.
+
+        Args:
+            tenant: whose job it must be; None: anybody's.
+
+        Returns:
+            The state before, or ``none``.
+        """
+        before: bytes = await self._call("forget", model, (job_id, tenant or "", keys.WORKER_CHANNEL_PREFIX))
+        return before.decode()
+
     async def attach(
         self, model: str, job_id: str, inbox: str, tenant: str | None = None, after: int = 0
     ) -> Attached | None:
@@ -314,7 +333,7 @@ class Queue:
 
         Args:
             tenant: whose job it must be; None: anybody's.
-            after: tokens that the reader says it has.
+            after: tokens, or events, that the reader says it has.
 
         Returns:
             None if there is no such job.

@@ -117,11 +117,16 @@ class JobRecord:
         """Who runs it or had it last, however that ended."""
         return self.worker or (self.attempts[-1].worker if self.attempts else None)
 
-    def error(self) -> dict[str, Any] | None:
-        """The OpenAI error object of a job that ended without success."""
+    def end(self) -> End | None:
+        """The terminal event; None: it has not ended."""
         if self.state not in TERMINAL_STATES:
             return None
-        error = End(self.n, self.state, self.reason or "", self.result).error()
+        return End(self.n, self.state, self.reason or "", self.result, self.ended_ms)
+
+    def error(self) -> dict[str, Any] | None:
+        """The OpenAI error object of a job that ended without success."""
+        end = self.end()
+        error = end.error() if end is not None else None
         body: dict[str, Any] | None = error.body()["error"] if error else None
         return body
 

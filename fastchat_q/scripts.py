@@ -26,6 +26,7 @@ TRANSITIONS = (
     "reconcile",
     "revive",
     "drop",
+    "forget",
 )
 STANDALONE = ("limit", "file_add", "file_remove", "batch_put")
 """Scripts with KEYS of their own, and no shared code."""

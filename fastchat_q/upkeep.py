@@ -41,11 +41,12 @@ async def tick(files: Files, redis: "Redis", clock: Callable[[], float] = time.t
     """Deletes what has expired; once an hour, and when Redis has lost it, compares the index with the storage."""
     if not await files.is_ours():
         return Upkeep()
+    expired = await _expire(files, redis, clock())  # first: it gives room where there is none
     indexed = forgotten = leftovers = 0
     if not await redis.exists(keys.FILES_COMPARED):
         indexed, forgotten, leftovers = await _compare(files, clock())
         await redis.set(keys.FILES_COMPARED, "1", ex=COMPARE_EVERY_S)
-    return Upkeep(await _expire(files, redis, clock()), indexed, forgotten, leftovers)
+    return Upkeep(expired, indexed, forgotten, leftovers)
 
 
 async def _expire(files: Files, redis: "Redis", now: float) -> int:

@@ -93,6 +93,12 @@ class Connection:
         body, self._buffer = self._buffer[:size], self._buffer[size:]
         return Reply(status, headers, body)
 
+    def peek(self) -> str:
+        """Reads on until some bytes are there that no event was made of yet, and returns them."""
+        if not self._buffer:
+            self._buffer = self._receive()
+        return self._buffer.decode()
+
     def rest(self) -> bytes:
         """What has come behind the head, undecoded."""
         return self._buffer

@@ -15,6 +15,7 @@ import openai
 import psutil
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import OutOfMemoryError
 
 from fastchat_q import keys, upkeep
 from fastchat_q.errors import StorageUnavailableError, UnknownFileError
@@ -628,6 +629,27 @@ async def test_processes_with_two_storages_do_not_touch_each_others_files(
     await elsewhere.create(b"1", tenant="t", filename="y", purpose="batch")
     await upkeep.tick(elsewhere, redis, clock)
     assert await names(elsewhere) == ["y"]
+
+
+async def test_with_a_full_redis_no_file_comes_and_files_can_go(
+    files: Files, redis: "Redis", clock: Clock, folder: Path
+) -> None:
+    first = await files.create(b"1", tenant="t", filename="first", purpose="batch")
+    clock.now += 1
+    await files.create(b"2", tenant="t", filename="second", purpose="batch", expires_after_s=3600)
+    await upkeep.tick(files, redis, clock)
+    await redis.config_set("maxmemory", "1")
+    try:
+        with pytest.raises(OutOfMemoryError):
+            await files.create(b"3", tenant="t", filename="third", purpose="batch")
+        assert await names(files) == ["first", "second"]
+        await files.delete(first.id, "t")
+        clock.now += 3600
+        assert (await upkeep.tick(files, redis, clock)).expired == 1
+    finally:
+        await redis.config_set("maxmemory", "0")
+    assert stored(folder) == []
+    assert await redis.hgetall(keys.FILE_BYTES) == {}
 
 
 async def test_the_same_id_again_replaces_a_file_and_counts_once(files: Files, redis: "Redis") -> None:

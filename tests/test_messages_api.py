@@ -730,3 +730,32 @@ def test_the_clients_list_of_models_is_anthropics(scripted_stack: Stack) -> None
             client.models.retrieve("no-such")
     listed = get(scripted_stack.port, "/v1/models", anthropic_version="2023-06-01").json()
     assert set(listed) == {"data", "has_more", "first_id", "last_id"}
+
+
+# counting
+
+
+def test_the_count_of_a_prompt_is_that_of_the_message(tiny_stack: Stack) -> None:
+    cut: Any = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello! How"}]
+    asked: Any = [{"role": "user", "content": [{"type": "text", "text": "What is the weather in Rome?"}]}]
+    with claude(tiny_stack) as client:
+        for prompt in (
+            {"messages": asked},
+            {"messages": asked, "system": "Be brief."},
+            {"messages": asked, "tools": [WEATHER], "tool_choice": {"type": "auto"}},
+            {"messages": asked, "tools": [WEATHER], "tool_choice": {"type": "none"}},
+            {"messages": cut},
+        ):
+            counted = client.messages.count_tokens(model="tiny", **prompt)
+            answer = client.messages.create(model="tiny", max_tokens=1, **prompt)
+            assert counted.input_tokens == answer.usage.input_tokens, prompt
+        with pytest.raises(anthropic.NotFoundError):
+            client.messages.count_tokens(model="no-such", messages=asked)
+        with pytest.raises(anthropic.BadRequestError, match="Unknown parameter: 'max_tokens'"):
+            client.messages.count_tokens(model="tiny", messages=asked, extra_body={"max_tokens": 5})
+        beta = client.beta.messages.count_tokens(model="tiny", messages=asked, betas=["token-counting-2024-11-01"])
+        assert beta.input_tokens == client.messages.count_tokens(model="tiny", messages=asked).input_tokens
+
+
+def test_every_engine_that_has_words_counts_them(client: anthropic.Anthropic) -> None:
+    assert client.messages.count_tokens(model="echo", messages=USER).input_tokens == 5

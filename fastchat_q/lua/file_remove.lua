@@ -10,7 +10,7 @@ redis.call('ZREM', KEYS[4], ARGV[1])
 local record = redis.call('GET', KEYS[1])
 if not record then return 0 end
 redis.call('DEL', KEYS[1])
-if redis.call('HINCRBY', KEYS[5], ARGV[2], -cjson.decode(record).bytes) <= 0 then
+if redis.call('HINCRBY', KEYS[5], ARGV[2], 0 - cjson.decode(record).bytes) <= 0 then   -- of 0, «-x» is «-0», no integer
   redis.call('HDEL', KEYS[5], ARGV[2])
 end
 return 1

@@ -142,7 +142,7 @@ local function terminal(id, state, reason, result)
     if state == 'succeeded' or state == 'failed' then redis.call('PEXPIRE', IDEM .. idem, kept_ms)
     else redis.call('DEL', IDEM .. idem) end
   end
-  publish(h[4], id .. ' ' .. h[5] .. ' end {"state":' .. cjson.encode(state) .. ',"reason":'
+  publish(h[4], id .. ' ' .. h[5] .. ' end {"t":' .. string.format('%d', t) .. ',"state":' .. cjson.encode(state) .. ',"reason":'
     .. cjson.encode(reason) .. ',"result":' .. (result == '' and 'null' or result) .. '}')
 end
 

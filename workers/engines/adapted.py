@@ -11,6 +11,7 @@ from .base import Ended, Engine, Output, Request
 from .batching.intake import Choice, Intake
 from .loading.model import Loaded
 from .processing.sequence import Picked
+from .processing.tokens import KINDS
 from .trouble import job_error
 
 
@@ -37,7 +38,7 @@ class AdaptedEngine(Engine):
     """
 
     def __init__(self, name: str, slots: int, loaded: Loaded, adapter: Generates) -> None:
-        super().__init__(loaded.card(name, "adapter", loaded.format.features, "generate"), slots)
+        super().__init__(loaded.card(name, "adapter", (*loaded.format.features, "tokenize"), "generate"), slots)
         self._loaded = loaded
         self._adapter = adapter
         self._intake = Intake(loaded)
@@ -46,6 +47,9 @@ class AdaptedEngine(Engine):
 
     def admit(self, request: Request) -> None:
         job = request.job
+        if job.kind in KINDS:
+            self._replayed.append(self._intake.tokens(request))
+            return
         if job.tools and job.tool_choice not in ("auto", "none"):
             raise InvalidRequestError(
                 f"Model {job.model!r} cannot be made to call a tool: tool_choice may be 'auto' or 'none'.",

@@ -48,9 +48,13 @@ class Request:
         Raises:
             CannotResumeError: they came from a server that tells no ids.
         """
-        if any(piece.units for piece in self.prior):
+        if any(piece.units and not piece.echo for piece in self.prior):
             raise CannotResumeError("another server began it, which told no token ids")
         return tuple([i for piece in self.prior if piece.choice == choice for i in piece.ids])
+
+    def has_echoed(self, choice: int) -> bool:
+        """Whether a choice has told its prompt already."""
+        return any(piece.echo and piece.choice == choice for piece in self.prior)
 
 
 @dataclass(frozen=True, slots=True)

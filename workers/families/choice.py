@@ -17,6 +17,10 @@ Template = str | dict[str, str]
 """A tokenizer may have several templates by name: ``default``, ``tool_use``."""
 
 
+class NoTemplateError(ConfigurationError):
+    """Nothing says how this model takes messages: it completes prompts only."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """What a model is served with."""
@@ -45,7 +49,8 @@ def choose(
         source: what the model was loaded from, for messages.
 
     Raises:
-        ConfigurationError: there is no such template, or none at all; the message says the ways out.
+        NoTemplateError: there is none at all; the message says the ways out.
+        ConfigurationError: there is none of that name.
     """
     named = _named(names)
     if wanted is not None:
@@ -55,7 +60,7 @@ def choose(
         return Choice(family, own, "the tokenizer's own", "model", named is not None)
     if named is not None and (template := named.chat_template()) is not None:
         return Choice(named, template, "the model names the family", "row", True)
-    raise ConfigurationError(
+    raise NoTemplateError(
         f"Model {source!r} has no chat template in its tokenizer, and its model card names no family that is known "
         "here, so it cannot take chat messages. Ways out: --chat-template NAME with a name that `fastchat-q models "
         "families` lists; --chat-template FILE with a Jinja template or a row of your own (docs/adding-a-model.md); "

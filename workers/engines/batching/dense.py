@@ -42,11 +42,17 @@ class Dense(Way):
 
     def _prefill(self, chunk: Chunk) -> Result:
         row = chunk.row
-        logits = self.model.extend(row.memory, row.length, chunk.ids, row.namespace, **row.arguments(len(chunk.ids)))
+        scored = []
+        if row.scored:
+            logits, found = self.model.extend_scored(row.memory, row, chunk.ids)
+            scored.append(found)
+        else:
+            inputs = row.arguments(len(chunk.ids))
+            logits = self.model.extend(row.memory, row.length, chunk.ids, row.namespace, **inputs)
         row.length += len(chunk.ids)
         if chunk.last:
             self._join(row)
-        return Result([row], logits) if chunk.last else Result([], logits[:0])
+        return Result([row], logits, scored) if chunk.last else Result([], logits[:0], scored)
 
     def _decode(self, rows: list[Row]) -> Result:
         rows = sorted(rows, key=lambda row: row.memory.index)

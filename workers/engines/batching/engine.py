@@ -10,20 +10,21 @@ from collections.abc import Sequence
 import structlog
 import torch
 
-from fastchat_q.errors import FastchatQError, RetryableError
+from fastchat_q.errors import FastchatQError, InvalidRequestError, RetryableError
 from fastchat_q.registry import ModelCard
 
 from ..base import Ended, Engine, Output, Request
 from ..loading.model import Loaded
 from ..processing.sequence import Picked
+from ..processing.tokens import KINDS
 from ..trouble import is_out_of_memory, job_error
 from .choose import NoWayError, choose_way, default_kv_bytes
-from .draws import Draw, batches, draws_of, logits_of
+from .draws import NUMBERS, Draw, batches, draws_of, logits_of
 from .generate import GenerateEngine
 from .intake import COMPILING_S, Choice, Intake, features
 from .lora import Adapters
 from .passes import Model, Part, Result, Row
-from .sampling import Sampler
+from .sampling import Sampler, score
 from .scheduler import NoRoomError, Run, Scheduler
 
 log = structlog.get_logger()
@@ -31,6 +32,8 @@ log = structlog.get_logger()
 FIRST_FORWARD_S = 120.0
 """An accelerator loads and compiles its kernels during the first forward pass."""
 
+MOST_SCORED = 2**28
+"""Logits of a prompt that a way keeps which takes it in whole, if they are wanted."""
 MOST_RESTARTS = 3
 """So often an answer is computed again after steps that failed, with tokens in between: then its job has failed."""
 
@@ -46,13 +49,15 @@ class TransformersEngine(Engine):
     def __init__(
         self, name: str, slots: int, loaded: Loaded, kv_bytes: int | None = None, adapters: Adapters | None = None
     ) -> None:
-        super().__init__(loaded.card(name, "transformers", features(loaded)), slots)
+        super().__init__(loaded.card(name, "transformers", (*features(loaded), "prompt_logprobs")), slots)
         model = Model(loaded.model, self.alive, adapters)
         seen = loaded.sight.example() if loaded.sight is not None else None
         self.way = choose_way(model, kv_bytes or default_kv_bytes(loaded.device), seen)
         self._adapters = model.adapters
         self._adapters.check_called()
-        self.scheduler = Scheduler(self.way)
+        vocabulary = loaded.model.config.get_text_config().vocab_size
+        self.scheduler = Scheduler(self.way, max(1, NUMBERS // vocabulary))
+        self._most_scored = MOST_SCORED // vocabulary
         self._intake = Intake(loaded, self.way.room.columns - 1)
         self._sampler = Sampler(self._intake.texts)
         self._compiling: list[Choice] = []
@@ -67,17 +72,21 @@ class TransformersEngine(Engine):
     def admit(self, request: Request) -> None:
         if self._intake.render_aside(request):
             return
+        if request.job.kind in KINDS:
+            self._replayed.append(self._intake.tokens(request))
+            return
         answers, ended = self._intake.answers(request)
         if ended is not None:
             self._replayed.append(Output(request.ticket, ended=ended))
             return
-        going = [choice for choice in answers.choices if not answers.has_ended(choice)]
-        new = [choice for choice in going if not choice.sequence.ids]
-        if new:
-            new[0].waiting = new[1:]
-        for choice in going:
-            if choice.sequence.ids or choice is new[0]:
-                self._compiling.append(choice)
+        for going in answers.by_prompt():
+            self._check_scored(going)
+            new = [choice for choice in going if not choice.sequence.ids]
+            if new:
+                new[0].waiting = new[1:]
+            for choice in going:
+                if choice.sequence.ids or choice is new[0]:
+                    self._compiling.append(choice)
         self._start_ready(self._replayed)
 
     @torch.inference_mode()
@@ -110,6 +119,7 @@ class TransformersEngine(Engine):
         for part in self.way.parts(decode, chunks):
             self._run_part(part, results, outputs)
         self.scheduler.done(row for result in results for row in result.rows)
+        self._score(results, outputs)
         self._draw(results, outputs)
         return outputs
 
@@ -136,6 +146,31 @@ class TransformersEngine(Engine):
         """What is left of a part when jobs have failed in others of the same step."""
         there = self.scheduler
         return Part([row for row in part.decode if row in there], [c for c in part.chunks if c.row in there])
+
+    def _check_scored(self, choices: list[Choice]) -> None:
+        """Raises InvalidRequestError for a prompt whose logits would need too much memory at once."""
+        waiting = [choice.echo for choice in choices if choice.echo is not None and choice.echo.waits]
+        if waiting and not self.way.splits_prompts and len(waiting[0].ids) > self._most_scored:
+            raise InvalidRequestError(
+                f"The log probabilities of a prompt of {len(waiting[0].ids)} tokens need more memory than there is: "
+                f"this model takes a prompt in whole, and tells them for up to {self._most_scored} tokens.",
+                param="echo",
+                code="prompt_too_long",
+            )
+
+    def _score(self, results: list[Result], outputs: list[Output]) -> None:
+        """Takes in what the model thinks of prompts that are told back with that."""
+        for scored in [scored for result in results for scored in result.scored if scored.row in self.scheduler]:
+            choice: Choice = self.scheduler.run_of(scored.row).owner
+            echo, count = choice.echo, choice.sequence.sampling.logprobs
+            if echo is None or count is None:
+                continue
+            behind = echo.ids[scored.start + 1 : scored.start + 1 + len(scored.logits)]
+            try:
+                echo.take(scored.start, score(scored.logits[: len(behind)], behind, count, self._intake.texts))
+            except Exception as error:
+                self._end(choice.answers.ticket, Ended(error=job_error(error)), outputs)
+            scored.row.scored = echo.waits
 
     def _draw(self, results: list[Result], outputs: list[Output]) -> None:
         """Chooses the next token of each row, and says what it means."""
@@ -242,7 +277,9 @@ class TransformersEngine(Engine):
                 self._end(choice.answers.ticket, Ended(error=error), outputs)
 
     def _start(self, choice: Choice) -> None:
-        run = Run(Row(self._adapters.of(choice.answers.model), choice.inputs), choice.tokens(), choice)
+        row = Row(self._adapters.of(choice.answers.model), choice.inputs)
+        row.scored = choice.echo is not None and choice.echo.waits
+        run = Run(row, choice.tokens(), choice)
         self._tickets.setdefault(choice.answers.ticket, []).append(run)
         self.scheduler.submit(run)
 

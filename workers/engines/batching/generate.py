@@ -18,6 +18,8 @@ from fastchat_q.registry import ModelCard
 from ..base import Ended, Engine, Output, Request
 from ..loading.model import Loaded
 from ..processing.rules import decoder_start
+from ..processing.sequence import Picked
+from ..processing.tokens import KINDS
 from ..trouble import job_error
 from .intake import COMPILING_S, Answers, Choice, Intake, features
 from .lora import Adapters
@@ -46,6 +48,9 @@ class GenerateEngine(Engine):
 
     def admit(self, request: Request) -> None:
         if self._intake.render_aside(request):
+            return
+        if request.job.kind in KINDS:
+            self._told.append(self._intake.tokens(request))
             return
         answers, ended = self._intake.answers(request)
         if ended is not None:
@@ -77,6 +82,9 @@ class GenerateEngine(Engine):
 
     @torch.inference_mode()
     def _generate(self, choice: Choice) -> None:
+        if not choice.sequence.limit:
+            self._told.append(choice.accept(Picked(0)))
+            return
         self._current, self._dropped = choice.answers, False
         turn = _Turn(self, choice)
         model: Any = self._loaded.model

@@ -7,17 +7,18 @@ from dataclasses import dataclass, field, replace
 import structlog
 import torch
 
-from fastchat_q.events import Usage
-from fastchat_q.jobs import Feature
+from fastchat_q.events import Piece, TokenLogprob, Usage
+from fastchat_q.jobs import Feature, Job
 
 from ..base import Ended, Output, Request
 from ..loading.model import Loaded
 from ..processing.rendering import Renderer, token_limit
-from ..processing.rules import ModelRules
+from ..processing.rules import ModelRules, decoder_start
 from ..processing.sequence import Language, Picked, Sequence
 from ..processing.speech import Speech
 from ..processing.structured import Guides
 from ..processing.text import TokenTexts
+from ..processing.tokens import token_answer
 
 log = structlog.get_logger()
 
@@ -25,9 +26,14 @@ COMPILING_S = 0.005
 """How often an engine looks whether a grammar is compiled or a prompt rendered, when nothing else is to be done."""
 LONG_PROMPT = 16_000
 """Characters of a job. Rendering takes some 2 us each (`tiny`, one core): longer ones would be felt by the streams."""
+BEFORE = 5
+"""Tokens of a prompt that a completion's first token is decoded with."""
 Prompt = tuple[list[int], dict[str, torch.Tensor]]
 """Token ids, and what the forward pass takes beside them."""
-FEATURES: tuple[Feature, ...] = ("n", "sampling", "penalties", "logprobs", "structured_outputs")
+FEATURES: tuple[Feature, ...] = (
+    *("n", "sampling", "penalties", "logprobs", "structured_outputs"),
+    *("completions", "tokenize"),
+)
 """What every engine can do that takes its requests in here and draws their tokens with `Sampler`."""
 
 
@@ -35,6 +41,30 @@ def features(loaded: Loaded) -> tuple[Feature, ...]:
     """What such an engine can do with this model."""
     seeing: tuple[Feature, ...] = () if loaded.sight is None else ("vision",)
     return (*FEATURES, *loaded.format.features, *seeing)
+
+
+@dataclass(eq=False, slots=True)
+class Echo:
+    """A prompt that its answers begin with."""
+
+    text: str
+    ids: list[int]
+    scores: list[TokenLogprob] | None
+    """What the model thought of its first tokens; None: nobody asked."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether the logits of its tokens are wanted."""
+        return self.scores is not None and len(self.scores) < len(self.ids)
+
+    def take(self, start: int, scores: list[TokenLogprob]) -> None:
+        """Those of the tokens behind the one at ``start``, which may have come before."""
+        assert self.scores is not None
+        self.scores[start + 1 :] = scores
+
+    def piece(self, choice: int) -> Piece:
+        """What it says before an answer."""
+        return Piece(text=self.text, choice=choice, logprobs=tuple(self.scores or ()), units=1, echo=True)
 
 
 @dataclass(eq=False, slots=True)
@@ -48,6 +78,8 @@ class Choice:
     """What the pass that takes in its prompt gets beside the tokens."""
     waiting: list["Choice"] = field(default_factory=list)
     """Choices that begin where the prompt of this one ends."""
+    echo: Echo | None = None
+    """What it has to say before its first token."""
     suspect: bool = False
     """It was there when a step failed: its next token is drawn by itself, and if that fails too, its job has failed."""
     restarts: int = 0
@@ -58,8 +90,12 @@ class Choice:
         return self.sequence.prompt + self.sequence.ids
 
     def accept(self, picked: Picked) -> Output:
-        """Takes the next token in. The output ends if the job ends."""
-        output = self.sequence.accept(picked)
+        """Takes the next token in, which may be one too many. The output ends if the job ends."""
+        sequence = self.sequence
+        output = sequence.accept(picked) if sequence.limit else Output(sequence.ticket, (), sequence.nothing())
+        if self.echo is not None:
+            output = replace(output, pieces=(self.echo.piece(self.index), *output.pieces))
+            self.echo = None
         return output if self.answers.count == 1 else self.answers.tell(self, output)
 
 
@@ -70,12 +106,19 @@ class Answers:
     ticket: str
     model: str
     """The name that the job asks for."""
+    n: int = 1
+    """Choices of each prompt; they stand side by side."""
     choices: list[Choice] = field(default_factory=list)
     _ended: dict[int, Ended] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
         return len(self.choices)
+
+    def by_prompt(self) -> list[list[Choice]]:
+        """The choices that go on, by their prompt."""
+        groups = [self.choices[first : first + self.n] for first in range(0, self.count, self.n)]
+        return [[choice for choice in group if not self.has_ended(choice)] for group in groups]
 
     def has_ended(self, choice: Choice) -> bool:
         """Whether a choice of several has ended."""
@@ -88,7 +131,7 @@ class Answers:
             finish = output.ended.finish_reason
             self._ended[choice.index] = output.ended
         pieces = output.pieces
-        if finish is not None:
+        if finish is not None and pieces:
             pieces = (*pieces[:-1], pieces[-1]._replace(finish=finish))
         return Output(self.ticket, pieces, self._end())
 
@@ -96,8 +139,8 @@ class Answers:
         if len(self._ended) < self.count:
             return None
         usages = [ended.usage for ended in self._ended.values() if ended.usage is not None]
-        usage = Usage(usages[0].prompt_tokens, sum(usage.completion_tokens for usage in usages))
-        return Ended(usage, self._ended[0].finish_reason)
+        prompts = sum(len(choice.sequence.prompt) for choice in self.choices[:: self.n])
+        return Ended(Usage(prompts, sum(usage.completion_tokens for usage in usages)), self._ended[0].finish_reason)
 
 
 class Intake:
@@ -114,13 +157,15 @@ class Intake:
         self._renderer = Renderer(loaded.tokenizer, vocabulary, loaded.chat, loaded.adapter, loaded.sight)
         self._aside_renderer = self._second_renderer(vocabulary)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prompts")
-        self._aside: dict[str, tuple[Request, Future[Prompt]]] = {}
+        self._aside: dict[str, tuple[Request, Future[list[Prompt]]]] = {}
         self.texts = TokenTexts(loaded.tokenizer)
         guides = Guides(loaded.tokenizer, vocabulary, loaded.eos_ids)
         rules = ModelRules.of(loaded.model)
         self._language = Language(vocabulary, loaded.eos_ids, self._decode_ids, guides, rules, self._renderer.stop)
         self._speech = Speech(loaded.tokenizer, loaded.format)
         self._with_marks = replace(self._language, decode=self._speech.decode)
+        self._of_prompts = replace(self._language, stop=())  # those are ends of a turn, which a raw prompt has not
+        self._goes_on = decoder_start(loaded.model) is None
 
     def render_aside(self, request: Request) -> bool:
         """Begins to render what takes long, long prompts and images, on a thread of its own.
@@ -155,24 +200,63 @@ class Intake:
         Raises:
             InvalidRequestError: it cannot be served.
         """
-        job, aside = request.job, self._aside.pop(request.ticket, None)
-        prompt, inputs = aside[1].result() if aside is not None else _render(self._renderer, request)
-        limit = token_limit(self._loaded.context_length, len(prompt), job.sampling, self._room)
-        answers = Answers(request.ticket, job.model)
-        is_open = self._speech.is_open(job, prompt)
-        sampling = self._speech.sampling(job, is_open)
-        for index in range(sampling.n):
-            parser = self._speech.parser(job, is_open, index)
-            language = self._with_marks if parser is not None and self._speech.sees_marks else self._language
-            sequence = Sequence(request.ticket, prompt, limit, sampling, language, index, parser)
-            answers.choices.append(Choice(answers, index, sequence, inputs))
+        job, prompts = request.job, self._prompts(request)
+        answers = Answers(request.ticket, job.model, job.sampling.n)
+        if job.kind == "completion":
+            for number, (prompt, _) in enumerate(prompts):
+                self._complete(request, answers, number, prompt)
+        else:
+            [(prompt, inputs)] = prompts
+            limit = token_limit(self._loaded.context_length, len(prompt), job.sampling, self._room)
+            is_open = self._speech.is_open(job, prompt)
+            sampling = self._speech.sampling(job, is_open)
+            for index in range(sampling.n):
+                parser = self._speech.parser(job, is_open, index)
+                language = self._with_marks if parser is not None and self._speech.sees_marks else self._language
+                sequence = Sequence(request.ticket, prompt, limit, sampling, language, index, parser)
+                answers.choices.append(Choice(answers, index, sequence, inputs))
         last: Ended | None = None
         for choice in answers.choices:
+            if not choice.sequence.limit and choice.echo is None:  # all that it had to say is told
+                last = choice.accept(Picked(0)).ended
             for token in request.prior_ids(choice.index):  # its output is known: text and stop state are rebuilt
                 if (ended := choice.accept(Picked(token)).ended) is not None:
                     last = ended
                     break
         return answers, last
+
+    def _complete(self, request: Request, answers: Answers, number: int, prompt: list[int]) -> None:
+        """The choices of one of the prompts of a completion. What is drawn for it does not hang on the others."""
+        job, n = request.job, answers.n
+        limit = token_limit(self._loaded.context_length, len(prompt), job.sampling, self._room, "prompt")
+        before = prompt[-BEFORE:] if self._goes_on else ()
+        echo = self._echo(job, number, prompt) if job.echo else None
+        for variant in range(n):
+            index = number * n + variant
+            sequence = Sequence(
+                request.ticket, prompt, limit, job.sampling, self._of_prompts, index, None, variant, before
+            )
+            told = echo is None or request.has_echoed(index)
+            answers.choices.append(Choice(answers, index, sequence, echo=None if told else echo))
+
+    def _echo(self, job: Job, number: int, prompt: list[int]) -> Echo:
+        given = job.inputs[number]
+        text = given if isinstance(given, str) else str(self._loaded.tokenizer.decode(prompt))
+        first = [TokenLogprob(prompt[0], self.texts[prompt[0]], 0.0)]
+        return Echo(text, prompt, None if job.sampling.logprobs is None else first)
+
+    def tokens(self, request: Request) -> Output:
+        """The answer of a job that tokenizes or detokenizes.
+
+        Raises:
+            InvalidRequestError: it cannot be served.
+        """
+        prompts = self._prompts(request)
+        return token_answer(request, self._loaded.tokenizer, self._loaded.context_length, prompts[0][0])
+
+    def _prompts(self, request: Request) -> list[Prompt]:
+        aside = self._aside.pop(request.ticket, None)
+        return aside[1].result() if aside is not None else _render(self._renderer, request)
 
     def _second_renderer(self, vocabulary: int) -> Renderer | None:
         """For the other thread: encoding changes settings of a tokenizer, which two threads cannot share.
@@ -195,6 +279,9 @@ class Intake:
         return text
 
 
-def _render(renderer: Renderer, request: Request) -> Prompt:
+def _render(renderer: Renderer, request: Request) -> list[Prompt]:
+    """One prompt, but of completions, which may have several."""
     job = request.job
-    return renderer.seen(job, request.blobs) if job.blobs else (renderer.prompt(job), {})
+    if job.inputs:
+        return [(renderer.plain(job, given), {}) for given in job.inputs]
+    return [renderer.seen(job, request.blobs) if job.blobs else (renderer.prompt(job), {})]

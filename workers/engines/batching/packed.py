@@ -9,7 +9,7 @@ from ..trouble import memory_permitting
 from . import attention
 from .attention import Group, PackedStep, Packing
 from .kv import KVStore, Place, Shapes
-from .passes import Chunk, Model, Part, Result, Room, Row, Way
+from .passes import Chunk, Model, Part, Result, Room, Row, Scored, Way
 from .prefixes import Prefixes
 
 
@@ -40,6 +40,8 @@ class Packed(Way):
         positions = [row.length for row in decode]
         owners = [(row.namespace, 1) for row in decode]
         segments, wanted = [], list(range(len(decode)))
+        scored: list[tuple[Row, int, int, int]] = []  # where a row's tokens stand, and the length of what is before
+        rest: list[int] = []
         for chunk in part.chunks:
             row, start = chunk.row, len(ids)
             ids += chunk.ids
@@ -48,11 +50,14 @@ class Packed(Way):
             segments.append(attention.Segment(start, len(ids), row.memory, row.length))
             if chunk.last:
                 wanted.append(len(ids) - 1)
+            if row.scored:
+                scored.append((row, row.length, len(rest), len(rest) + len(chunk.ids)))
+                rest += range(start, len(ids))
         fed = torch.tensor([ids, positions], device=self.model.device)
         step = PackedStep(self._shapes, _groups(decode, fed[1]), segments, self.model.alive)
         keep: torch.Tensor | int = 0 if len(wanted) == len(ids) else 1
-        if wanted and len(wanted) < len(ids):
-            keep = torch.tensor(wanted, device=self.model.device)
+        if rest or (wanted and len(wanted) < len(ids)):
+            keep = torch.tensor(wanted + rest, device=self.model.device)
         with Packing(self.model.config, step) as cache:
             logits = self.model(fed[:1], fed[1:], cache, keep=keep, owners=owners)
         if step.attended != sum(shape is not None for shape in self._shapes):
@@ -64,7 +69,9 @@ class Packed(Way):
             chunk.row.length += len(chunk.ids)
             chunk.row.memory.length = chunk.row.length
         rows = [*decode, *(chunk.row for chunk in part.chunks if chunk.last)]
-        return Result(rows, logits[0, : len(rows)])
+        behind = logits[0, len(rows) :]
+        found = [Scored(row, past, behind[first:end]) for row, past, first, end in scored]
+        return Result(rows, logits[0, : len(rows)], found)
 
     def _see(self, chunk: Chunk) -> Result:
         """A prompt with images takes the plain pass: the mask is the model's own there, and need not be causal."""

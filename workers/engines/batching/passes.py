@@ -35,6 +35,8 @@ class Row:
     """The token that the next decode step feeds."""
     memory: Any = None
     """What the way keeps for it."""
+    scored: bool = False
+    """The logits behind all tokens of its prompt are wanted."""
 
     def arguments(self, tokens: int) -> dict[str, torch.Tensor]:
         """``inputs`` for a pass that takes in the prompt and tokens behind it."""
@@ -78,6 +80,16 @@ class Result:
     """Logits (rows, vocabulary) for these rows: all that decoded, and those whose prompt ended."""
 
     rows: list[Row]
+    logits: torch.Tensor
+    scored: list["Scored"] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Logits (tokens, vocabulary) behind each of the tokens of a prompt from ``start`` on, of a row that wants them."""
+
+    row: Row
+    start: int
     logits: torch.Tensor
 
 
@@ -156,9 +168,19 @@ class Model:
 
     def extend(self, cache: Cache, past: int, ids: list[int], namespace: str = "", **inputs: Any) -> torch.Tensor:
         """Feeds the next tokens of one row -> logits (1, vocabulary) of the last one, float32."""
+        return self._extended(cache, past, ids, namespace, 1, inputs)[:, -1].float()
+
+    def extend_scored(self, cache: Cache, row: Row, ids: list[int]) -> tuple[torch.Tensor, Scored]:
+        """As `extend`, for a row that wants the logits behind all of them."""
+        logits = self._extended(cache, row.length, ids, row.namespace, 0, {})[0]
+        return logits[-1:].float(), Scored(row, row.length, logits)
+
+    def _extended(
+        self, cache: Cache, past: int, ids: list[int], namespace: str, keep: int, inputs: dict[str, Any]
+    ) -> torch.Tensor:
         columns = torch.tensor([ids], device=self.device)
         positions = torch.arange(past, past + len(ids), device=self.device)[None]
-        return self(columns, positions, cache, owners=[(namespace, len(ids))], **inputs)[:, -1].float()
+        return self(columns, positions, cache, keep=keep, owners=[(namespace, len(ids))], **inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,10 +274,15 @@ class RowByRow(Way):
         [row] = part.rows
         ids = part.chunks[0].ids if part.chunks else [row.last_id]
         kept: _Kept = row.memory
-        inputs = row.arguments(len(ids)) if part.chunks else {}
-        logits = self.model.extend(kept.cache, row.length, ids, row.namespace, **inputs)
+        scored = []
+        if row.scored and part.chunks:
+            logits, found = self.model.extend_scored(kept.cache, row, ids)
+            scored.append(found)
+        else:
+            inputs = row.arguments(len(ids)) if part.chunks else {}
+            logits = self.model.extend(kept.cache, row.length, ids, row.namespace, **inputs)
         row.length += len(ids)
-        return Result([row], logits)
+        return Result([row], logits, scored)
 
     def reserve(self, row: Row, columns: int, *, prompt: bool = False) -> bool:
         new = row.memory is None

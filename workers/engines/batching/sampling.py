@@ -114,6 +114,25 @@ class Sampler:
         return Picked(token, TokenLogprob(token, self._texts[token], max(float(logprob), IMPOSSIBLE), top))
 
 
+def score(logits: torch.Tensor, tokens: Rows[int], count: int, texts: TokenTexts) -> list[TokenLogprob]:
+    """What a model thinks of tokens that are given, with the likeliest others.
+
+    Args:
+        logits: (tokens, vocabulary), those that each of the tokens would be drawn from.
+    """
+    found: list[TokenLogprob] = []
+    for first in range(0, len(tokens), BLOCK):  # a block at a time: there are two copies of it in float32
+        some = tokens[first : first + BLOCK]
+        raw = logits[first : first + BLOCK].float().log_softmax(-1)
+        top, top_ids = raw.topk(min(MAX_TOP_LOGPROBS, raw.shape[-1]), -1)
+        chosen = raw.gather(-1, to_device(torch.tensor(some), raw.device)[:, None])[:, 0]
+        for token, logprob, values, ids in zip(some, chosen.tolist(), top.tolist(), top_ids.tolist(), strict=True):
+            others = zip(ids[:count], values[:count], strict=True)
+            named = tuple([Alternative(one, texts[one], max(value, IMPOSSIBLE)) for one, value in others])
+            found.append(TokenLogprob(token, texts[token], max(logprob, IMPOSSIBLE), named))
+    return found
+
+
 def _edit(logits: torch.Tensor, rows: Rows[Sequence]) -> None:
     """All that changes logits before temperature, in place."""
     edited = [i for i, row in enumerate(rows) if row.edited]
@@ -266,7 +285,7 @@ def _numbers(rows: Rows[Sequence], device: torch.device) -> torch.Tensor:
     for row in rows:
         s = row.sampling
         top_p = ALL if s.top_p >= 1 else max(s.top_p, SMALLEST_TOP_P)
-        numbers.append((s.temperature, uniform(s.seed, len(row.ids), row.choice), s.top_k, top_p, s.min_p))
+        numbers.append((s.temperature, uniform(s.seed, len(row.ids), row.variant), s.top_k, top_p, s.min_p))
     return to_device(torch.tensor(numbers, dtype=torch.float32), device)
 
 

@@ -78,8 +78,13 @@ def _smooth(before: float, now: float) -> float:
 class Scheduler:
     """Holds all runs of an engine: those that wait, those whose prompt is being taken in, and those that decode."""
 
-    def __init__(self, way: Way) -> None:
+    def __init__(self, way: Way, most_scored: int = LARGEST_PIECE) -> None:
+        """
+        Args:
+            most_scored: prompt tokens of a step of which the logits are kept, where a way splits prompts.
+        """
         self._way = way
+        self._most_scored = self._scored_left = most_scored
         self._waiting: deque[Run] = deque()
         self._prefilling: list[Run] = []
         self._running: list[Run] = []
@@ -153,14 +158,17 @@ class Scheduler:
         decode = [run.row for run in self._running]
         chunks: list[Chunk] = []
         tokens = self._pace.tokens(decoding=bool(decode))
-        left = tokens
+        left, self._scored_left = tokens, self._most_scored
         for run in self._prefilling:
             if left > 0:
                 left -= self._take(run, left, chunks)
         while self._waiting and left > 0 and not (self._full and self._running):
             run = self._waiting[0]
-            whole = len(run.ids) <= left or not self._way.splits_prompts or bool(run.row.inputs)
-            if not whole and chunks and len(run.ids) <= tokens:
+            most, at_once = left, tokens
+            if run.row.scored:
+                most, at_once = min(left, self._scored_left), min(tokens, self._most_scored)
+            whole = len(run.ids) <= most or not self._way.splits_prompts or bool(run.row.inputs)
+            if not whole and chunks and (len(run.ids) <= at_once or not most):
                 break  # whole in the next step is sooner and cheaper than in two chunks
             if not self._reserve(run.row, len(run.ids) + 1, prompt=not whole):
                 if not self._running and not self._prefilling:
@@ -168,7 +176,7 @@ class Scheduler:
                 break
             self._waiting.popleft()
             run.starved = False
-            if not run.row.inputs:
+            if not run.row.inputs and not run.row.scored:
                 self._way.load_prefix(run.row, run.ids)
             self._prefilling.append(run)
             left -= self._take(run, left, chunks)
@@ -191,7 +199,13 @@ class Scheduler:
     def _take(self, run: Run, left: int, chunks: list[Chunk]) -> int:
         row = run.row
         rest = len(run.ids) - row.length
+        if row.scored:
+            left = min(left, self._scored_left)
+            if not left:
+                return 0
         taken = min(rest, left) if self._way.splits_prompts and not row.inputs else rest
+        if row.scored:
+            self._scored_left -= min(taken, left)
         ids = run.ids if taken == len(run.ids) else run.ids[row.length : row.length + taken]
         chunks.append(Chunk(row, ids, last=taken == rest))
         return taken

@@ -20,14 +20,17 @@ PARAMETERS: dict[Feature, frozenset[str]] = {
     "tools": frozenset({"tools"}),
     "reasoning": frozenset({"reasoning_effort"}),
     "vision": frozenset({"messages"}),
+    "completions": frozenset({"prompt"}),
+    "prompt_logprobs": frozenset({"echo"}),
+    "tokenize": frozenset({"tokens"}),
 }
 BEYOND_OPENAI = frozenset(
     {
         *("top_k", "min_p", "min_tokens", "stop_token_ids", "ignore_eos", "repetition_penalty"),
-        *("structured_outputs", "chat_template_kwargs"),
+        *("structured_outputs", "chat_template_kwargs", "add_special_tokens", "echo", "tokens"),
     }
 )
-"""What OpenAI's own API does not have."""
+"""What OpenAI's own API does not have; ``echo`` it has for models that are gone, ``tokens`` stands for /tokenize."""
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """Our defaults, for servers that would take the model's own (its generation_config) instead."""
 
@@ -96,11 +99,16 @@ DIALECTS: dict[DialectName, Dialect] = {
         neutral=NEUTRAL,
     ),
     "sglang": Dialect(
-        "SGLang", frozenset(), {"continue_final_message": True}, counts=True, neutral=NEUTRAL, guide=sglang_guide
+        "SGLang",
+        frozenset({"tokens", "add_special_tokens"}),
+        {"continue_final_message": True},
+        counts=True,
+        neutral=NEUTRAL,
+        guide=sglang_guide,
     ),
     "llamacpp": Dialect(
         "llama.cpp",
-        frozenset({"min_tokens", "stop_token_ids", "structured_outputs"}),
+        frozenset({"min_tokens", "stop_token_ids", "structured_outputs", "echo", "add_special_tokens", "tokens"}),
         {},
         names={"repetition_penalty": "repeat_penalty"},
         neutral={**NEUTRAL, "top_k": 0},

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import httpx2
 import openai
 import structlog
-from openai.types import Model
+from openai.types import Completion, Model
 from openai.types.chat import ChatCompletionChunk
 from openai.types.chat.chat_completion_chunk import Choice, ChoiceDeltaToolCall
 
@@ -19,8 +19,10 @@ from fastchat_q.registry import ModelCard
 
 from ..async_engine import Give
 from ..base import Ended, Request
+from ..processing.tokens import KINDS, counted
 from .dialects import DIALECTS, PLAIN, Dialect, dialect_of
-from .openai_request import request_body
+from .openai_request import completion_body, request_body, tokens_body
+from .refusals import unsupported
 from .remote import (
     CONNECT_S,
     TIMEOUT,
@@ -77,18 +79,52 @@ class OpenAIEngine(RemoteEngine):
         return trouble_of(error)
 
     def continues(self, job: Job) -> bool:
-        return self.dialect.go_on is not None and CONTINUE not in job.template_kwargs
+        return self.dialect.go_on is not None and job.kind == "chat" and CONTINUE not in job.template_kwargs
 
     def repeats(self, job: Job) -> bool:
         return True  # a job has a seed, and most servers keep to it
 
     async def answer(self, request: Request, give: Give, prefix: str, done: int) -> Ended:
+        job = request.job
+        if job.kind in KINDS:
+            return await self._tokens(request, give)
+        if job.kind == "completion":
+            return await self._complete(job, give)
         body = request_body(request.job, self.upstream.model, self.dialect, request.blobs, prefix, done)
         reader = Reader(request.job.sampling.n, give)
         async with self._stream(body) as chunks:
             async for chunk in chunks:
                 reader.take(chunk)
         return reader.ended(done)
+
+    async def _complete(self, job: Job, give: Give) -> Ended:
+        reader = TextReader(len(job.inputs) * job.sampling.n, job.echo, give)
+        stream = await self._client.post(
+            "/completions",
+            body=completion_body(job, self.upstream.model, self.dialect),
+            cast_to=Completion,
+            stream=True,
+            stream_cls=openai.AsyncStream[Completion],
+        )
+        async with stream:
+            async for chunk in stream:
+                reader.take(chunk)
+        return reader.ended()
+
+    async def _tokens(self, request: Request, give: Give) -> Ended:
+        """Beside the base URL, and not under it: vLLM has these at its root."""
+        refuse_tokens(self.dialect)
+        job = request.job
+        body = tokens_body(job, self.upstream.model, request.blobs)
+        url = self._client.base_url.join(f"../{job.kind}")
+        answer: Any = await self._client.post(str(url), body=body, cast_to=object)
+        try:
+            give(_token_piece(request, answer))
+        except (KeyError, TypeError, ValueError) as error:
+            raise JobFailedError(
+                "The upstream server answered otherwise than vLLM would.", status=502, code="upstream_error"
+            ) from error
+        return Ended(finish_reason="stop")
 
     @contextlib.asynccontextmanager
     async def _stream(self, body: dict[str, Any]) -> AsyncIterator[openai.AsyncStream[ChatCompletionChunk]]:
@@ -173,6 +209,83 @@ class Reader:
             usage = Usage(max(usage.prompt_tokens - done, 0), usage.completion_tokens + done)
         usage = usage or Usage(0, done + self._tokens)
         return Ended(usage, self._reasons[min(self._reasons)], stop=self._stop)
+
+
+class TextReader:
+    """Chunks of completions, as pieces.
+
+    Args:
+        choices: how many there are, of all prompts.
+        echo: each begins with its prompt.
+    """
+
+    def __init__(self, choices: int, echo: bool, give: Give) -> None:
+        self._choices = choices
+        self._to_echo = set(range(choices)) if echo else set()
+        self._give = give
+        self._usage: Usage | None = None
+        self._chunks = 0
+        self._reasons: dict[int, FinishReason] = {}
+
+    def take(self, chunk: Completion) -> None:
+        """Reads one chunk."""
+        if chunk.usage is not None:
+            self._usage = Usage(chunk.usage.prompt_tokens or 0, chunk.usage.completion_tokens or 0)
+        for choice in chunk.choices or ():
+            finish = None if choice.finish_reason is None else finish_reason(choice.finish_reason)
+            if finish is not None:
+                self._reasons[choice.index] = finish
+            logprobs = tuple(_old_logprobs(choice.logprobs))
+            piece = Piece(
+                text=choice.text or "",
+                choice=choice.index,
+                logprobs=logprobs,
+                finish=finish if self._choices > 1 else None,
+                units=1,
+                echo=choice.index in self._to_echo,
+            )
+            if piece.text or logprobs or piece.finish:
+                self._to_echo.discard(choice.index)
+                self._give(piece)
+                self._chunks += 1
+
+    def ended(self) -> Ended:
+        """The end of all of them.
+
+        Raises:
+            BrokenOffError: it did not come.
+        """
+        if len(self._reasons) < self._choices:
+            raise BrokenOffError("The upstream server ended the answer without a finish reason.")
+        return Ended(self._usage or Usage(0, self._chunks), self._reasons[0])
+
+
+def _old_logprobs(found: Any) -> Iterable[TokenLogprob]:
+    """Of OpenAI's object of old; llama.cpp gives the one of chats here too."""
+    if found is None:
+        return
+    if content := getattr(found, "content", None):
+        for one in content:
+            top = [Alternative(UNKNOWN_ID, other["token"], other["logprob"]) for other in one.get("top_logprobs", ())]
+            yield TokenLogprob(UNKNOWN_ID, one["token"], one["logprob"], tuple(top))
+        return
+    tokens, values = found.tokens or (), found.token_logprobs or ()
+    tops = found.top_logprobs or [None] * len(tokens)
+    for token, value, top in zip(tokens, values, tops, strict=False):
+        others = [Alternative(UNKNOWN_ID, name, logprob) for name, logprob in (top or {}).items()]
+        yield TokenLogprob(UNKNOWN_ID, token, value or 0.0, tuple(others))
+
+
+def refuse_tokens(dialect: Dialect) -> None:
+    """Raises InvalidRequestError for a server that has no /tokenize: its card may not have been known."""
+    if "tokens" in dialect.ignores:
+        raise unsupported("model", f"{dialect.whose} has no POST /tokenize.")
+
+
+def _token_piece(request: Request, answer: Any) -> Piece:
+    if request.job.kind == "detokenize":
+        return Piece(text=str(answer["prompt"]), units=1)
+    return counted(request, [int(token) for token in answer["tokens"]], answer["max_model_len"], answer["token_strs"])
 
 
 def finish_reason(reason: str) -> FinishReason:

@@ -1,4 +1,4 @@
-"""A job as the body of ``POST /v1/chat/completions``, in the dialect of the server that gets it."""
+"""A job as the body of a request, in the dialect of the server that gets it."""
 
 import base64
 from collections.abc import Mapping
@@ -25,11 +25,68 @@ def request_body(
     Raises:
         InvalidRequestError: the job asks for what such a server would ignore.
     """
+    body: dict[str, Any] = {
+        **_common_fields(job, model, dialect, done),
+        "messages": [message_object(message, blobs) for message in job.messages],
+        **_tool_fields(job, dialect),
+        **_template_fields(job, dialect),
+        **_go_on_fields(job, dialect),
+    }
+    if job.sampling.logprobs is not None:
+        body |= {"logprobs": True, "top_logprobs": job.sampling.logprobs}
+    if prefix and dialect.go_on is not None:
+        body["messages"].append({"role": "assistant", "content": prefix})
+        body |= dialect.go_on
+    return {dialect.names.get(name, name): value for name, value in body.items()}
+
+
+def completion_body(job: Job, model: str, dialect: Dialect) -> dict[str, Any]:
+    """The body of ``POST /v1/completions``.
+
+    Raises:
+        InvalidRequestError: the job asks for what such a server would ignore.
+    """
+    body = _common_fields(job, model, dialect, 0)
+    prompts = list(job.inputs)
+    body["prompt"] = prompts[0] if len(prompts) == 1 else prompts
+    if job.echo:
+        body["echo"] = True
+    if job.special_tokens is False:
+        body["add_special_tokens"] = False
+    if job.sampling.logprobs is not None:
+        body["logprobs"] = job.sampling.logprobs
+    return body  # without the dialect's names: this endpoint has its first ones still, such as max_tokens
+
+
+def tokens_body(job: Job, model: str, blobs: Blobs) -> dict[str, Any]:
+    """The body of ``POST /tokenize`` or ``POST /detokenize``, which are vLLM's."""
+    if job.kind == "detokenize":
+        return {"model": model, "tokens": list(job.inputs[0])}
+    body: dict[str, Any] = {"model": model}
+    if job.tells == "strings":
+        body["return_token_strs"] = True
+    if job.special_tokens is not None:
+        body["add_special_tokens"] = job.special_tokens
+    if job.inputs:
+        return {**body, "prompt": job.inputs[0]}
+    template = dict(job.template_arguments)
+    if template.pop("continue_final_message", False):
+        body |= {"continue_final_message": True, "add_generation_prompt": False}
+    elif not job.generation_prompt:
+        body["add_generation_prompt"] = False
+    if job.tools and job.tool_choice != "none":
+        body["tools"] = list(job.tools)
+    if template:
+        body["chat_template_kwargs"] = template
+    return {**body, "messages": [message_object(message, blobs) for message in job.messages]}
+
+
+def _common_fields(job: Job, model: str, dialect: Dialect, done: int) -> dict[str, Any]:
+    """What chats and completions are told alike."""
     refuse(job, dialect.ignores, dialect.whose)
     sampling = job.sampling
-    body: dict[str, Any] = {
+    return {
         "model": model,
-        "messages": [message_object(message, blobs) for message in job.messages],
         "stream": True,
         "stream_options": {"include_usage": True, **({"continuous_usage_stats": True} if dialect.counts else {})},
         "temperature": sampling.temperature,
@@ -37,16 +94,8 @@ def request_body(
         "seed": _seed(sampling.seed, dialect.seed_bits),
         **dialect.neutral,
         **_set_fields(sampling, done),
-        **_tool_fields(job, dialect),
-        **_template_fields(job, dialect),
-        **_go_on_fields(job, dialect),
+        **({} if sampling.guide is None else _guide_fields(sampling.guide, dialect)),
     }
-    if sampling.guide is not None:
-        body |= _guide_fields(sampling.guide, dialect)
-    if prefix and dialect.go_on is not None:
-        body["messages"].append({"role": "assistant", "content": prefix})
-        body |= dialect.go_on
-    return {dialect.names.get(name, name): value for name, value in body.items()}
 
 
 def _seed(seed: int, bits: int) -> int:
@@ -74,8 +123,6 @@ def _set_fields(sampling: Sampling, done: int) -> dict[str, Any]:
         values["ignore_eos"] = True
     if sampling.logit_bias:
         values["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
-    if sampling.logprobs is not None:
-        values |= {"logprobs": True, "top_logprobs": sampling.logprobs}
     return values
 
 

@@ -17,6 +17,10 @@ def asked(job: Job) -> set[str]:
         found.add("tool_choice")
     if job.tools and job.tool_choice != "none" and not job.parallel_tool_calls:
         found.add("parallel_tool_calls")
+    if job.echo:
+        found.add("echo")
+    if job.kind == "completion" and job.special_tokens is False:
+        found.add("add_special_tokens")
     if job.template_kwargs.keys() - {"reasoning_effort", CONTINUE}:
         found.add("chat_template_kwargs")
     return found

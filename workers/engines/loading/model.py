@@ -69,7 +69,7 @@ class Loaded:
     context_length: int | None
     eos_ids: frozenset[int]
     chat: Choice | None = None
-    """Its family and chat template; None: the tokenizer's own, of a family that is not known."""
+    """Its family and chat template; None: the tokenizer's own, of a family that is not known, or none."""
     adapter: adapters.Adapter | None = None
     format: Format = field(default_factory=Format)
     """How it writes tool calls and reasoning."""
@@ -82,7 +82,15 @@ class Loaded:
         """What an engine that serves it as ``name`` tells of it."""
         dtype = str(self.model.dtype).removeprefix("torch.")
         made, device = int(time.time()), self.device.type
-        return ModelCard(name, engine, self.context_length, made, device, dtype, features=features, batching=batching)
+        kind: Kind = "chat" if self.takes_chats else "completion"
+        return ModelCard(
+            name, engine, self.context_length, made, device, dtype, kind, features=features, batching=batching
+        )
+
+    @property
+    def takes_chats(self) -> bool:
+        """Whether something makes a prompt of messages."""
+        return self.tokenizer.chat_template is not None or isinstance(self.adapter, adapters.Templates)
 
 
 def load(
@@ -122,7 +130,6 @@ def load(
         chat = give_template(
             tokenizer, source, files.repo or str(files.folder), entries, options.chat_template, options.revision
         )
-        log.info("chat template", model=source, family=chat.family.name, template=chat.why)
     torch.nn.Module.eval(model)
     progress.report("load", 1, 1)
     _warn_of_ignored_settings(source, model)

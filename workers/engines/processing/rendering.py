@@ -11,9 +11,10 @@ import structlog
 import torch
 from fastchat_q.workers.adapters import Templates
 from fastchat_q.workers.families import Choice, choose
-from fastchat_q.workers.families.choice import declared_names
+from fastchat_q.workers.families.choice import NoTemplateError, declared_names
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from fastchat_q.abilities import NO_TEMPLATE
 from fastchat_q.errors import ContextLengthError, InvalidRequestError
 from fastchat_q.jobs import CONTINUE, Job, Message, Sampling
 
@@ -38,8 +39,8 @@ def give_template(
     config: Mapping[str, Any],
     wanted: str | None,
     revision: str | None = None,
-) -> Choice:
-    """Chooses the chat template of a model and sets it as its tokenizer's.
+) -> Choice | None:
+    """Chooses the chat template of a model and sets it as its tokenizer's. None: it has none, and takes no messages.
 
     Args:
         path: the folder or hub id that it was loaded from: its card is there, and is read only if it can decide.
@@ -48,12 +49,17 @@ def give_template(
         revision: of the hub id.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: there is none of the name that was asked for.
     """
     own = tokenizer.chat_template
     card = _model_card(path, revision) if own is None and wanted is None else {}
-    choice = choose(wanted, own, config.get("model_type"), declared_names(source, config, card), source)
+    try:
+        choice = choose(wanted, own, config.get("model_type"), declared_names(source, config, card), source)
+    except NoTemplateError as error:
+        log.warning("it completes prompts and takes no chats", why=str(error))
+        return None
     tokenizer.chat_template = choice.template
+    log.info("chat template", model=source, family=choice.family.name, template=choice.why)
     return choice
 
 
@@ -94,7 +100,8 @@ class Renderer:
         bundled = self._adapter is not None or (choice is not None and choice.origin == "row")
         self._sight = sight
         self._in_parts = (sees or sight is not None) and self._reads_parts_only()
-        self._start = _start_ids(tokenizer) if bundled else []
+        self._around = _special_ids(tokenizer)
+        self._start = self._around[0] if bundled else []
         self.stop: tuple[str, ...] = choice.family.stop if choice is not None and choice.origin != "model" else ()
         """Texts that end an answer, beside the job's own."""
 
@@ -107,6 +114,27 @@ class Renderer:
             InvalidRequestError: the template refuses the messages or tools, or makes nothing of them.
         """
         return self._checked(job, lambda tools, options: self._ids(self._messages(job), tools, options))
+
+    def plain(self, job: Job, given: str | tuple[int, ...]) -> list[int]:
+        """A prompt without a chat template -> its token ids. What is written as a control token in it is one.
+
+        Raises:
+            InvalidRequestError: it is empty, or has tokens that the model does not know.
+        """
+        call: Any = self._tokenizer
+        ids: list[int] = [] if isinstance(given, str) else list(given)
+        if isinstance(given, str):
+            ids = call(given, add_special_tokens=job.special_tokens is not False)["input_ids"]
+        if not ids and job.kind == "completion":
+            raise InvalidRequestError(
+                f"The prompt is empty, and {job.model!r} has no token to begin a text with.", param="prompt"
+            )
+        if ids and max(ids) >= self._vocabulary:
+            raise InvalidRequestError(
+                f"Token {max(ids)} is beyond the vocabulary of {job.model!r}, which has {self._vocabulary} tokens.",
+                param="prompt" if job.kind == "completion" else "tokens",
+            )
+        return ids
 
     def seen(self, job: Job, blobs: Mapping[str, bytes]) -> tuple[list[int], dict[str, torch.Tensor]]:
         """As `prompt`, for messages with images, and what the forward pass takes beside the ids.
@@ -147,6 +175,8 @@ class Renderer:
     def _checked(
         self, job: Job, render: Callable[[list[dict[str, Any]] | None, dict[str, Any]], list[int]]
     ) -> list[int]:
+        if self._tokenizer.chat_template is None and self._adapter is None:
+            raise InvalidRequestError(NO_TEMPLATE.format(name=job.model), param="messages", code="no_chat_template")
         tools = list(job.tools) if job.tools and job.tool_choice != "none" else None
         options = self._options(job)
         try:
@@ -159,6 +189,8 @@ class Renderer:
             ) from error
         if ids[: len(self._start)] != self._start:
             ids = self._start + ids
+        if job.kind == "tokenize" and job.special_tokens:
+            ids = [*self._around[0], *ids, *self._around[1]]
         if not ids:
             raise InvalidRequestError(
                 f"The chat template of {job.model!r} makes an empty prompt of them.", param="messages"
@@ -205,11 +237,10 @@ class Renderer:
         encoded = self._tokenizer.apply_chat_template(
             messages,
             tools=tools,  # type: ignore[arg-type]
-            add_generation_prompt=not options.get(CONTINUE),
             tokenize=True,
             return_dict=True,
             sanitize_control_tokens=True,
-            **options,
+            **{"add_generation_prompt": not options.get(CONTINUE), **options},
         )
         ids: list[int] = encoded["input_ids"]  # type: ignore[index, call-overload, assignment]
         return ids
@@ -226,14 +257,17 @@ class Renderer:
                 f"{CONTINUE} needs a last message of the assistant, not of the {job.messages[-1].role}.",
                 param="messages",
             )
-        return options
+        return options if job.generation_prompt else {**options, "add_generation_prompt": False}
 
 
-def token_limit(context: int | None, prompt_tokens: int, sampling: Sampling, room: int | None = None) -> int:
+def token_limit(
+    context: int | None, prompt_tokens: int, sampling: Sampling, room: int | None = None, param: str = "messages"
+) -> int:
     """Tokens that a request may generate.
 
     Args:
         room: tokens that a request may have in memory, if that is limited.
+        param: where the prompt came from.
 
     Raises:
         ContextLengthError: prompt and completion do not fit.
@@ -243,19 +277,20 @@ def token_limit(context: int | None, prompt_tokens: int, sampling: Sampling, roo
     if max_tokens is not None and sampling.clip:
         max_tokens = max(1, min([max_tokens, *bounds]))
     asked = f" and {max_tokens} for the completion" if max_tokens else ""
-    if context is not None and prompt_tokens + (max_tokens or 1) > context:
+    least = prompt_tokens + (1 if max_tokens is None else max_tokens)
+    if context is not None and least > context:
         raise ContextLengthError(
             f"This model's maximum context length is {context} tokens, but the request asks for {prompt_tokens} "
-            f"in the messages{asked}. Shorten the messages or lower max_tokens.",
-            param="messages",
+            f"in the {param}{asked}. Shorten the {param} or lower max_tokens.",
+            param=param,
         )
-    if room is not None and prompt_tokens + (max_tokens or 1) > room:
+    if room is not None and least > room:
         raise ContextLengthError(
             f"This worker's KV memory holds {room} tokens, but the request asks for {prompt_tokens} in the "
-            f"messages{asked}. Shorten the messages, lower max_tokens, or give the worker more KV memory.",
-            param="messages",
+            f"{param}{asked}. Shorten the {param}, lower max_tokens, or give the worker more KV memory.",
+            param=param,
         )
-    return max_tokens or min(bounds, default=2**31)
+    return min(bounds, default=2**31) if max_tokens is None else max_tokens
 
 
 def _message(message: Message, pictures: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
@@ -308,14 +343,14 @@ def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls} if calls else message
 
 
-def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before any text (mostly a start token), which bundled templates leave to it."""
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts around any text: mostly a start token before it, which bundled templates leave to it."""
     plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole: list[int] = tokenizer("a")["input_ids"]
     for at in range(len(whole)):
         if whole[at : at + len(plain)] == plain:
-            return whole[:at]
-    return []
+            return whole[:at], whole[at + len(plain) :]
+    return [], []
 
 
 def _model_card(path: str, revision: str | None) -> dict[str, Any]:

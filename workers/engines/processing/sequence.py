@@ -55,6 +55,10 @@ class Sequence:
     choice: int = 0
     """Which of the answers that its request asks for."""
     parser: Parser | None = None
+    variant: int = -1
+    """Which of the answers to its prompt: what is drawn hangs on it. By default the choice."""
+    before: Ids[int] = ()
+    """The tokens of the prompt on whose text it goes on; none: its text begins anew."""
     ids: list[int] = field(default_factory=list)
     eos_ids: frozenset[int] = field(init=False)
     detokenizer: Detokenizer = field(init=False)
@@ -70,6 +74,8 @@ class Sequence:
     def __post_init__(self) -> None:
         """Raises InvalidRequestError: a parameter that this model cannot follow."""
         sampling, language = self.sampling, self.language
+        if self.variant < 0:
+            self.variant = self.choice
         self.eos_ids = frozenset() if sampling.ignore_eos else language.eos_ids
         self.eos_ids |= {token for token in sampling.stop_token_ids if 0 <= token < language.vocabulary}
         for token in sampling.logit_bias:
@@ -78,7 +84,7 @@ class Sequence:
                     f"logit_bias names token {token}, but this model's tokens go from 0 to {language.vocabulary - 1}.",
                     param="logit_bias",
                 )
-        self.detokenizer = Detokenizer(language.decode)
+        self.detokenizer = Detokenizer(language.decode, self.before)
         self.stop = StopMatcher(sampling.stop if sampling.ignore_eos else (*sampling.stop, *language.stop))
         self.edits = Edits.of(sampling, self.prompt)
         self.guide = language.guides.guided(sampling.guide, self.limit) if sampling.guide and language.guides else None
@@ -130,6 +136,10 @@ class Sequence:
             return self._end(picked, self._parse(self._flush(text)), "length")
         parts = self._parse(text)
         return self._end(picked, parts, "stop") if parts.over else self._output(picked, parts)
+
+    def nothing(self) -> Ended:
+        """The end of one that may have no token."""
+        return Ended(Usage(len(self.prompt), 0), "length")
 
     def close(self) -> Output:
         """Ends it behind its last token, where what made the tokens has no more."""

@@ -18,10 +18,16 @@ class Detokenizer:
     The technique is that of vLLM's and TGI's detokenisers.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], before: Sequence[int] = ()) -> None:
+        """
+        Args:
+            before: tokens on whose text it goes on, so that a first word keeps its space.
+        """
         self._decode = decode
-        self._window: list[int] = []
-        self._shown = 0  # tokens of the window whose text is out
+        self._window: list[int] = list(before)
+        if before and decode(self._window).endswith(REPLACEMENT):  # it would not be known what is new
+            self._window = []
+        self._shown = len(self._window)  # tokens of the window whose text is out
 
     def feed(self, token_id: int) -> str:
         """The text that this token completes; empty while a character is incomplete."""

@@ -89,13 +89,15 @@ class Sight:
             messages,
             chat_template=self._template,
             tools=tools,
-            add_generation_prompt=not going_on,
             continue_final_message=going_on,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             sanitize_control_tokens=self._sanitizes,
-            **{name: value for name, value in options.items() if name in self._names},
+            **{
+                "add_generation_prompt": not going_on,
+                **{name: value for name, value in options.items() if name in self._names},
+            },
         )
         inputs = {
             name: self._placed(value)

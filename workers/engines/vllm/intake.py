@@ -52,7 +52,6 @@ class Intake:
         chat: Chat | None = None
         if not isinstance(adapter, adapters.Templates):
             chat = give_template(tokenizer, source, source, about, options.chat_template, options.revision)
-            log.info("chat template", model=source, family=chat.family.name, template=chat.why)
         written = written_by(options, chat)
         self._context: int = config.max_model_len
         vocabulary = config.get_vocab_size()
