@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""docs/api.md names every parameter that the API knows, honoured or refused; other pages name what there is."""
-=======
-"""docs/api.md and docs/anthropic.md name every parameter that the API knows, honoured or refused."""
->>>>>>> main
+"""docs/api.md and docs/anthropic.md name every parameter that the API knows; other pages name what there is."""
 
 import re
 from pathlib import Path
@@ -14,17 +10,13 @@ from fastchat_q.api import embeddings, formats, rerank, schemas
 from fastchat_q.api.anthropic import request as anthropic
 from pydantic import BaseModel
 
-<<<<<<< HEAD
 from fastchat_q.cli import app
 from fastchat_q.jobs import Guide, Sampling
 from fastchat_q.settings import Settings
 
-PAGE = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
-=======
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "api.md").read_text()
 ANTHROPIC = (DOCS / "anthropic.md").read_text()
->>>>>>> main
 
 
 @pytest.mark.parametrize(
@@ -40,7 +32,6 @@ def test_every_parameter_that_is_refused_is_in_the_reference() -> None:
     assert set(re.findall(r"`(\w+)`", refused)) - {"unknown_parameter"} == set(schemas.NOT_SUPPORTED)
 
 
-<<<<<<< HEAD
 def test_the_reference_says_of_each_parameter_which_feature_a_model_needs_for_it() -> None:
     everything = Sampling(
         n=2,
@@ -61,7 +52,7 @@ def test_the_reference_says_of_each_parameter_which_feature_a_model_needs_for_it
     assert {name: said.get(name) for name in asked} == asked
 
 
-MIGRATIONS = sorted((Path(__file__).parents[1] / "docs").glob("migrating-from-*.md"))
+MIGRATIONS = sorted(DOCS.glob("migrating-from-*.md"))
 ROOT_COMMAND = typer.main.get_command(app)
 
 
@@ -82,7 +73,8 @@ def test_who_comes_from_elsewhere_is_sent_to_commands_flags_and_settings_that_ar
     assert flags <= flags_of(ROOT_COMMAND)
     settings = {name for span in spans for name in re.findall(r"FASTCHAT_Q_(\w+)", span)}
     assert {name.lower() for name in settings} <= set(Settings.model_fields)
-=======
+
+
 @pytest.mark.parametrize("body", [anthropic.MessageRequest, anthropic.Tool, anthropic.Thinking, anthropic.ToolChoice])
 def test_every_parameter_of_a_message_is_in_its_reference(body: type[BaseModel]) -> None:
     named = set(re.findall(r"`(\w+)[`.:]", ANTHROPIC)) | {"type"}
@@ -93,4 +85,3 @@ def test_every_parameter_of_a_message_that_is_refused_is_in_its_reference() -> N
     refused = ANTHROPIC[ANTHROPIC.index("Refused unless") : ANTHROPIC.index("Blocks of other types")]
     assert set(re.findall(r"`(\w+)`", refused)) == set(anthropic.NOT_SUPPORTED)
     assert set(anthropic.TOOL_NOT_SUPPORTED) <= set(re.findall(r"`(\w+)`", ANTHROPIC))
->>>>>>> main
