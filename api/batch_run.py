@@ -58,7 +58,7 @@ LOOK_S = 1.0
 """Lease, cancellation and the share of the window are looked at this often."""
 MIN_POLL_S, BUSY_POLL_S, MAX_POLL_S = 0.02, 0.2, 0.5
 A_POLL = 32
-"""Answers are looked for as often as it takes to find so many; between the bounds, of which the last is for idleness."""
+"""Answers are looked for as often as it takes to find so many, between the bounds; the last of them is for idleness."""
 CANCEL_GRACE_S = 10
 """Running jobs of a cancelled batch may end within this time."""
 BLOB_TTL_S = 3600.0

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import typer
-from fastchat_q.api import embeddings, formats, rerank, response_request, schemas
+from fastchat_q.api import completions, embeddings, formats, rerank, response_request, schemas, tokenize
 from fastchat_q.api.anthropic import request as anthropic
 from pydantic import BaseModel
 
@@ -21,7 +21,16 @@ RESPONSES = (DOCS / "responses.md").read_text()
 
 
 @pytest.mark.parametrize(
-    "body", [schemas.ChatRequest, embeddings.EmbeddingRequest, rerank.RerankRequest, formats.StructuredOutputs]
+    "body",
+    [
+        schemas.ChatRequest,
+        completions.CompletionRequest,
+        embeddings.EmbeddingRequest,
+        rerank.RerankRequest,
+        formats.StructuredOutputs,
+        tokenize.DetokenizeRequest,
+        tokenize.TokenizeRequest,
+    ],
 )
 def test_every_parameter_is_in_the_reference(body: type[BaseModel]) -> None:
     named = set(re.findall(r"`(\w+)[`.]", PAGE))
@@ -93,3 +102,8 @@ def test_every_parameter_of_a_response_is_in_its_reference() -> None:
     assert response_request.ResponseRequest.model_fields.keys() <= named
     refused = RESPONSES[RESPONSES.index("Refused unless") : RESPONSES.index("Where another parameter")]
     assert set(re.findall(r"`(\w+)`", refused)) == set(response_request.NOT_SUPPORTED)
+
+
+def test_every_parameter_of_completions_that_is_refused_is_in_the_reference() -> None:
+    refused = PAGE[PAGE.index("Refused there unless") : PAGE.index("## Tokens")]
+    assert set(re.findall(r"`(\w+)`", refused)) == set(completions.NOT_SUPPORTED)
