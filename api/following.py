@@ -72,6 +72,6 @@ async def follow(
 
 async def _from_the_beginning(service: Service, stream: JobStream, tenant: str | None) -> JobStream:
     """The same job for a writer that needs the whole log."""
-    whole = await service.relay.follow(stream.model, stream.job_id, stream.start, tenant, whole=True)
+    whole = await service.relay.follow(stream.model, stream.job_id, stream.start, tenant, whole=True, in_events=True)
     service.relay.leave(stream, service.settings.disconnect_grace_s)  # the job is read on: nothing comes of it
     return whole

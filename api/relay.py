@@ -88,7 +88,7 @@ class Relay:
         return stream
 
     async def follow(
-        self, model: str, job_id: str, after: int, tenant: str | None, *, whole: bool = False
+        self, model: str, job_id: str, after: int, tenant: str | None, *, whole: bool = False, in_events: bool = False
     ) -> JobStream:
         """The stream of a job, behind its first ``after`` tokens; whoever calls this also calls `leave`.
 
@@ -96,6 +96,7 @@ class Relay:
             after: tokens that the reader has, or events, where these are counted otherwise.
             tenant: whose job it must be; None: anybody's.
             whole: the stream begins with the first token all the same.
+            in_events: ``after`` counts events, of which an entry of the log may make several or none.
 
         Raises:
             JobNotFoundError: there is no such job, or it is somebody else's.
@@ -105,7 +106,7 @@ class Relay:
         stream = self._open(model, job_id, 0 if whole else after, None)
         try:
             async with asyncio.timeout(SUBMIT_S):
-                await self._attach(stream, tenant, after)
+                await self._attach(stream, tenant, after, in_events=in_events)
         except BaseException:
             self._close(stream)
             raise
@@ -147,9 +148,11 @@ class Relay:
             del self._streams[stream.job_id]
         return True
 
-    async def _attach(self, stream: JobStream, tenant: str | None, after: int) -> None:
-        """From now on its events come here; those before are in the log. ``after``: tokens that its reader has."""
-        attached = await self._queue.attach(stream.model, stream.job_id, self._inbox, tenant, after)
+    async def _attach(self, stream: JobStream, tenant: str | None, after: int, *, in_events: bool = False) -> None:
+        """From now on its events come here; those before are in the log. ``after``: what its reader has."""
+        attached = await self._queue.attach(
+            stream.model, stream.job_id, self._inbox, tenant, after, in_events=in_events
+        )
         if attached is None:
             raise JobNotFoundError(keys.public_job_id(stream.model, stream.job_id))
         if attached.void:

@@ -113,6 +113,13 @@ class AllowedTools(Strict):
     tools: Annotated[list[FunctionChoice], Field(min_length=1)]
 
 
+def _is_a_choice(value: Any) -> Any:
+    kind = value.get("type") if isinstance(value, dict) else "function"
+    if kind not in ("function", "allowed_tools"):
+        raise field_error("type", "A choice that is an object is of type 'function' or 'allowed_tools'", kind)
+    return value
+
+
 class TextFormat(Strict):
     """What the text must look like."""
 
@@ -206,7 +213,9 @@ class ResponseRequest(Strict):
     top_p: float | None = Field(default=None, ge=0.0, le=1.0)
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | FunctionChoice | AllowedTools | None = None
+    tool_choice: Annotated[
+        Literal["auto", "none", "required"] | FunctionChoice | AllowedTools | None, BeforeValidator(_is_a_choice)
+    ] = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None

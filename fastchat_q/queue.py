@@ -327,18 +327,26 @@ class Queue:
         return before.decode()
 
     async def attach(
-        self, model: str, job_id: str, inbox: str, tenant: str | None = None, after: int = 0
+        self,
+        model: str,
+        job_id: str,
+        inbox: str,
+        tenant: str | None = None,
+        after: int = 0,
+        *,
+        in_events: bool = False,
     ) -> Attached | None:
         """From now on the job's events go to ``inbox`` too, if it has not ended.
 
         Args:
             tenant: whose job it must be; None: anybody's.
-            after: tokens, or events, that the reader says it has.
+            after: tokens that the reader says it has.
+            in_events: they are events, of which an entry of the log may make several or none.
 
         Returns:
             None if there is no such job.
         """
-        reply = await self._call("attach", model, (job_id, inbox, tenant or "", after))
+        reply = await self._call("attach", model, (job_id, inbox, tenant or "", after, int(in_events)))
         return None if reply is None else Attached(reply[0], bool(reply[1]))
 
     async def restore(self, model: str, job_id: str, have: int, lost: Sequence[LogEntry] = ()) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import typer
-from fastchat_q.api import embeddings, formats, rerank, schemas
+from fastchat_q.api import completions, embeddings, formats, rerank, response_request, schemas, tokenize
 from fastchat_q.api.anthropic import request as anthropic
 from pydantic import BaseModel
 
@@ -17,10 +17,20 @@ from fastchat_q.settings import Settings
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "api.md").read_text()
 ANTHROPIC = (DOCS / "anthropic.md").read_text()
+RESPONSES = (DOCS / "responses.md").read_text()
 
 
 @pytest.mark.parametrize(
-    "body", [schemas.ChatRequest, embeddings.EmbeddingRequest, rerank.RerankRequest, formats.StructuredOutputs]
+    "body",
+    [
+        schemas.ChatRequest,
+        completions.CompletionRequest,
+        embeddings.EmbeddingRequest,
+        rerank.RerankRequest,
+        formats.StructuredOutputs,
+        tokenize.DetokenizeRequest,
+        tokenize.TokenizeRequest,
+    ],
 )
 def test_every_parameter_is_in_the_reference(body: type[BaseModel]) -> None:
     named = set(re.findall(r"`(\w+)[`.]", PAGE))
@@ -30,6 +40,18 @@ def test_every_parameter_is_in_the_reference(body: type[BaseModel]) -> None:
 def test_every_parameter_that_is_refused_is_in_the_reference() -> None:
     refused = PAGE[PAGE.index("Refused unless") : PAGE.index("### Answers")]
     assert set(re.findall(r"`(\w+)`", refused)) - {"unknown_parameter"} == set(schemas.NOT_SUPPORTED)
+
+
+@pytest.mark.parametrize("body", [anthropic.MessageRequest, anthropic.Tool, anthropic.Thinking, anthropic.ToolChoice])
+def test_every_parameter_of_a_message_is_in_its_reference(body: type[BaseModel]) -> None:
+    named = set(re.findall(r"`(\w+)[`.:]", ANTHROPIC)) | {"type"}
+    assert {field.alias or name for name, field in body.model_fields.items()} <= named
+
+
+def test_every_parameter_of_a_message_that_is_refused_is_in_its_reference() -> None:
+    refused = ANTHROPIC[ANTHROPIC.index("Refused unless") : ANTHROPIC.index("Blocks of other types")]
+    assert set(re.findall(r"`(\w+)`", refused)) == set(anthropic.NOT_SUPPORTED)
+    assert set(anthropic.TOOL_NOT_SUPPORTED) <= set(re.findall(r"`(\w+)`", ANTHROPIC))
 
 
 def test_the_reference_says_of_each_parameter_which_feature_a_model_needs_for_it() -> None:
@@ -75,13 +97,13 @@ def test_who_comes_from_elsewhere_is_sent_to_commands_flags_and_settings_that_ar
     assert {name.lower() for name in settings} <= set(Settings.model_fields)
 
 
-@pytest.mark.parametrize("body", [anthropic.MessageRequest, anthropic.Tool, anthropic.Thinking, anthropic.ToolChoice])
-def test_every_parameter_of_a_message_is_in_its_reference(body: type[BaseModel]) -> None:
-    named = set(re.findall(r"`(\w+)[`.:]", ANTHROPIC)) | {"type"}
-    assert {field.alias or name for name, field in body.model_fields.items()} <= named
+def test_every_parameter_of_a_response_is_in_its_reference() -> None:
+    named = set(re.findall(r"`(\w+)[`.]", RESPONSES))
+    assert response_request.ResponseRequest.model_fields.keys() <= named
+    refused = RESPONSES[RESPONSES.index("Refused unless") : RESPONSES.index("Where another parameter")]
+    assert set(re.findall(r"`(\w+)`", refused)) == set(response_request.NOT_SUPPORTED)
 
 
-def test_every_parameter_of_a_message_that_is_refused_is_in_its_reference() -> None:
-    refused = ANTHROPIC[ANTHROPIC.index("Refused unless") : ANTHROPIC.index("Blocks of other types")]
-    assert set(re.findall(r"`(\w+)`", refused)) == set(anthropic.NOT_SUPPORTED)
-    assert set(anthropic.TOOL_NOT_SUPPORTED) <= set(re.findall(r"`(\w+)`", ANTHROPIC))
+def test_every_parameter_of_completions_that_is_refused_is_in_the_reference() -> None:
+    refused = PAGE[PAGE.index("Refused there unless") : PAGE.index("## Tokens")]
+    assert set(re.findall(r"`(\w+)`", refused)) == set(completions.NOT_SUPPORTED)

@@ -1,4 +1,4 @@
-"""The events of a response are a function of its log alone: whoever writes them, however the log comes, cut wherever."""
+"""The events of a response are a function of its log alone: whoever writes them, however it comes, cut wherever."""
 
 import itertools
 import json

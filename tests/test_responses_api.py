@@ -344,8 +344,8 @@ def test_items_are_sent_back_by_hand_or_by_their_ids(scripted_stack: Stack) -> N
         by_id = client.responses.create(model="script", input=[{"role": "user", "content": "x"}, *references, ask])
         assert json.loads(by_hand.output_text)["messages"] == json.loads(by_id.output_text)["messages"]
         assert json.loads(by_id.output_text)["messages"][1]["reasoning_content"] == "Hm."
+        nothing: Any = [{"type": "item_reference", "id": "msg_0_script.01ARZ3NDEKTSV4RRFFQ69G5FAV"}]
         with pytest.raises(openai.BadRequestError) as missing:
-            nothing: Any = [{"type": "item_reference", "id": "msg_0_script.01ARZ3NDEKTSV4RRFFQ69G5FAV"}]
             client.responses.create(model="script", input=nothing)
         assert missing.value.param == "input[0].id"
 
@@ -389,13 +389,12 @@ def test_a_previous_response_that_is_not_there_is_400(client: openai.OpenAI, pre
 
 
 def test_a_conversation_grows_up_to_the_limit_of_a_body(client: openai.OpenAI) -> None:
-    previous = None
+    long: dict[str, Any] = {"model": "echo", "input": "x" * 120_000, "max_output_tokens": 1}
+    previous = client.responses.create(**long)
+    for _ in range(7):
+        previous = client.responses.create(**long, previous_response_id=previous.id)
     with pytest.raises(openai.APIStatusError) as refused:
-        for _ in range(9):
-            answered = client.responses.create(
-                model="echo", input="x" * 120_000, previous_response_id=previous, max_output_tokens=1
-            )
-            previous = answered.id
+        client.responses.create(**long, previous_response_id=previous.id)
     assert (refused.value.status_code, refused.value.param) == (413, "previous_response_id")
 
 

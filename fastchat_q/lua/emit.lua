@@ -45,6 +45,9 @@ for i = 2, #ARGV, 5 do
       status = 1
     end
   end
+  if (status == 0 or status == 3) and have and have < n - k then
+    redis.call('HSET', JOB .. id, 'recut', '1')   -- a failover lost tokens: they may come again in other entries
+  end
   out[#out + 1] = status
 end
 for inbox, rows in pairs(lines) do
