@@ -14,7 +14,7 @@ REDIS ?=
 JOBS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 NODE_TESTS := tests/clients/node
 # On a machine without node its clients are not tested; in CI that is an error (FASTCHAT_Q_REQUIRE_CLIENTS=1).
-NODE_STAMP := $(if $(shell command -v npm),$(NODE_TESTS)/node_modules/setup.stamp)
+NODE_STAMP := $(if $(shell command -v npm 2>/dev/null),$(NODE_TESTS)/node_modules/setup.stamp)
 OTHER_SERVERS := redis-7 redis-6.2 cluster
 SERVER_TESTS := $(patsubst %,tests/test_%.py,dead_letters files_api idempotency lanes oncall orchestrator quarantine queue reconcile \
 	recovery resume servers state_machine worker)
@@ -22,7 +22,7 @@ SERVER_TESTS := $(patsubst %,tests/test_%.py,dead_letters files_api idempotency 
 # Tests of real processes beside others on two cores: in CI, one that failed is run once more, alone, and named as such.
 AGAIN := $(if $(CI),|| { echo "== what failed once more and alone" && $(BIN)/pytest --last-failed --last-failed-no-failures none; })
 
-.PHONY: help setup setup-dev setup-clients up test test-clients test-servers test-vllm setup-vllm bench-vllm chaos chaos-mutant lint types format bench bench-queue bench-recovery bench-streams wheel clean
+.PHONY: help setup setup-dev setup-clients up test test-clients test-servers test-vllm setup-vllm bench-vllm chaos chaos-mutant lint types format bench bench-queue bench-recovery bench-streams wheel clean batch-drill bench-batches
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,9 @@ chaos: setup-dev ## faults of every kind for MINUTES=3, from SEED=... (docs/reli
 chaos-mutant: setup-dev ## the same without fences: it must find violations (exit code 3)
 	$(BIN)/python -m tests.chaos --mutant no-fence --minutes 1 $(ARGS); test $$? -eq 3
 
+batch-drill: setup-dev ## a batch of 10,000 lines while everything is killed in turn (docs/batches.md)
+	$(BIN)/python -m tests.batch_drill $(ARGS)
+
 lint: setup-dev ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,6 +86,9 @@ bench-recovery: setup-dev ## how long streams pause when their worker is killed
 
 bench-streams: setup-dev ## 1,000 streams on one API process; 200 cut streams that come back at once
 	$(BIN)/python bench/many_streams.py $(ARGS)
+
+bench-batches: setup-dev ## how fast a batch of 50,000 goes through, its memory, and what interactive traffic feels of it
+	cd bench && ../$(BIN)/python batches.py $(ARGS)
 
 bench-vllm: setup-vllm ## the vllm worker behind the queue, against vLLM's own server, in one run
 	.venv-vllm/bin/python bench/vllm_queue.py $(ARGS)

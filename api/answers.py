@@ -36,6 +36,7 @@ FORMS: Mapping[render.Form, _Functions] = {
     "text": _Functions(counts.text),
     "embeddings": _Functions(vectors.embeddings),
     "message": _Functions(anthropic.message, anthropic.MessageWriter, ping=anthropic.PING, reads_all=True, ids=EventId),
+    "message_tokens": _Functions(anthropic.count),
     "rerank": _Functions(vectors.ranking),
     "response": _Functions(response_output.whole, response_output.EventWriter, response_output.state, reads_all=True),
 }

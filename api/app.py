@@ -21,6 +21,7 @@ from . import (
     tokenize,
 )
 from .anthropic import routes as anthropic
+from .anthropic import tokens as anthropic_tokens
 from .cors import Cors
 from .guard import Guard
 from .service import Service
@@ -39,6 +40,7 @@ def create_app(service: Service) -> FastAPI:
         rerank.router,
         responses.router,
         anthropic.router,
+        anthropic_tokens.router,
         files.router,
         batches.router,
         jobs.router,

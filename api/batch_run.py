@@ -56,7 +56,9 @@ answers are in the queue, which loses them no sooner than anything else."""
 ENQUEUE_AT_A_TIME = 64
 LOOK_S = 1.0
 """Lease, cancellation and the share of the window are looked at this often."""
-MIN_POLL_S, MAX_POLL_S = 0.02, 0.5
+MIN_POLL_S, BUSY_POLL_S, MAX_POLL_S = 0.02, 0.2, 0.5
+A_POLL = 32
+"""Answers are looked for as often as it takes to find so many, between the bounds; the last of them is for idleness."""
 CANCEL_GRACE_S = 10
 """Running jobs of a cancelled batch may end within this time."""
 BLOB_TTL_S = 3600.0
@@ -149,6 +151,7 @@ class Run:
                 return await self._cancel()
             if self._clock() >= self.batch.manifest.expires_at:
                 return await self._expire()
+            some = min(A_POLL, max(self._window // 4, 1))
             moved = await self._fill()
             moved += await self._collect()
             if not self._flights and not self._again and self._lines.done:
@@ -162,7 +165,9 @@ class Run:
                 await self._commit()
             if moved >= ENQUEUE_AT_A_TIME:
                 continue
-            poll_s = MIN_POLL_S if moved else min(poll_s * 1.5, MAX_POLL_S)
+            poll_s = (
+                min(max(poll_s * some / moved, MIN_POLL_S), BUSY_POLL_S) if moved else min(poll_s * 1.5, MAX_POLL_S)
+            )
             await asyncio.sleep(poll_s)
 
     async def _look(self) -> None:

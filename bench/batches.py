@@ -20,10 +20,10 @@ from typing import Any
 
 import psutil
 import redis as sync_redis
-from loadgen.report import quantiles_ms
 from processes import CLI, Front, front, machine, models, started, wait
 
 MODEL = "echo"
+QUANTILES = (("p50", 0.5), ("p95", 0.95))
 STEP = 5_000
 """Memory is looked at whenever so many further lines are done."""
 MB = 1024 * 1024
@@ -44,7 +44,7 @@ def main() -> None:
         with stack(options.slots, 0, options.workers) as system:
             report["throughput"] = throughput(system, options.lines, options.words)
     if options.ttft_s:
-        with stack(64, 5, 1) as system:
+        with stack(64, 20, 1) as system:
             report["interactive"] = interactive(system, options.ttft_s)
     print(json.dumps(report, indent=2))
     if options.json:
@@ -189,10 +189,12 @@ def interactive(system: System, seconds: float) -> dict[str, Any]:
         assert under_way(system, path)
         system.request("POST", f"{path}/cancel")
         wait(functools.partial(cancelled, system, path), "its end")
-    report: dict[str, Any] = {name: {"streams": len(times), **quantiles_ms(times)} for name, times in found.items()}
-    for name, at in (("p50", 0.5), ("p95", 0.95)):
-        with_, without = (_quantile(found[key], at) for key in ("with", "without"))
-        report[f"{name}_ratio"] = round(with_ / without, 2)
+    report: dict[str, Any] = {
+        key: {"streams": len(times), **{f"{name}_ms": round(_quantile(times, at) * 1000, 1) for name, at in QUANTILES}}
+        for key, times in found.items()
+    }
+    for name, at in QUANTILES:
+        report[f"{name}_ratio"] = round(_quantile(found["with"], at) / _quantile(found["without"], at), 2)
     return report
 
 

@@ -20,8 +20,8 @@ OF_TEXT: dict[Kind, Feature] = {"completion": "completions", "tokenize": "tokeni
 """Jobs that language models do, of whichever kind, if they have this feature."""
 NO_TEMPLATE = (
     "The model {name!r} has no chat template, so it cannot take chat messages: it completes prompts "
-    "(POST /v1/completions). Its operator can give it one with --chat-template NAME or --chat-template FILE, or serve "
-    "an instruction-tuned variant."
+    "(POST /v1/completions). Ways out, for its operator: --chat-template NAME, --chat-template FILE, or an "
+    "instruction-tuned variant of the model."
 )
 
 

@@ -55,15 +55,13 @@ def test_an_answer_is_the_upstreams_to_the_letter_streamed_and_whole(stack: Stac
 
 
 def test_our_own_messages_api_and_the_forwarder_to_such_an_api_are_two_halves(stack: Stack, upstream: Stack) -> None:
-    """A chat here becomes a message there: through the queue of this side, Anthropic's client, and the queue of that."""
+    """A chat here becomes a message there: by the queue of this side, Anthropic's client, and the queue of that."""
     upstream.start_worker("--model", "tiny", "--threads", "1")
     arguments = ("--engine", "anthropic", "--base-url", upstream.base, "--api-key-env", "UPSTREAM_KEY")
     stack.start_worker("--model", "tiny", *arguments, "--name", "far", UPSTREAM_KEY=API_KEY)
     near, far = upstream.client(), stack.client()
-    assert (
-        far.models.retrieve("far").model_extra["max_model_len"]
-        == near.models.retrieve("tiny").model_extra["max_model_len"]
-    )
+    cards = [client.models.retrieve(name).model_extra or {} for client, name in ((near, "tiny"), (far, "far"))]
+    assert cards[0]["max_model_len"] == cards[1]["max_model_len"]
     settings: dict[str, Any] = {"temperature": 0, "max_tokens": 60, "tools": [WEATHER]}
     messages: list[Any] = [{"role": "user", "content": "What is the weather in Rome?"}]
     direct = near.chat.completions.create(model="tiny", messages=messages, **settings)
@@ -73,10 +71,12 @@ def test_our_own_messages_api_and_the_forwarder_to_such_an_api_are_two_halves(st
         assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Rome"})
     assert (called.usage, called.choices[0].finish_reason) == (direct.usage, "tool_calls")
     messages += [called.choices[0].message]
-    messages += [{"role": "tool", "tool_call_id": called.choices[0].message.tool_calls[0].id, "content": "sunny"}]
+    messages += [
+        {"role": "tool", "tool_call_id": called.choices[0].message.tool_calls[0].id, "content": "sunny, 20 degrees"}
+    ]
     chunks = list(far.chat.completions.create(model="far", messages=messages, stream=True, **settings))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-    assert text == "The weather in Rome is sunny."
+    assert text == "The weather in Rome is sunny, 20 degrees."
     assert len(chunks) > 5, "in pieces"
     stopped = far.chat.completions.create(model="far", **ASK, stop=["I "])
     assert (stopped.choices[0].finish_reason, stopped.choices[0].message.content) == ("stop", "")

@@ -4,7 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from fastchat_q.api.anthropic.answer import MessageWriter, message
+from anthropic._streaming import SSEDecoder
+from fastchat_q.api.anthropic.answer import PING, MessageWriter, message
 from fastchat_q.api.render import View
 from fastchat_q.api.stream import EventId
 from hypothesis import given
@@ -118,6 +119,16 @@ def test_a_whole_answer_has_the_blocks_of_its_stream(events: list[Event], data: 
         if whole["type"] == "tool_use":
             assert text.startswith("{")
         assert block == whole
+
+
+def test_a_ping_between_two_events_is_nothing_to_the_official_client() -> None:
+    writer = MessageWriter(VIEW)
+    first, second = (writer.events([Delta(n, 1, (Piece((n,), word),))]) for n, word in ((1, "a"), (2, "b")))
+    wire = b": waiting for the first token\n\n" + writer.role() + PING + first + PING + second
+    found = [event for event in SSEDecoder().iter_bytes(iter([wire])) if event.event not in (None, "ping")]
+    assert [event.json()["type"] for event in found] == [event.event for event in found]
+    deltas = [event.json()["delta"]["text"] for event in found if event.event == "content_block_delta"]
+    assert deltas == ["a", "b"]
 
 
 @given(logs(), st.integers(0, 40), st.integers(0, 9))

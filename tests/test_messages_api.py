@@ -329,7 +329,7 @@ def test_a_schema_becomes_the_guide(scripted: anthropic.Anthropic, name: str) ->
 def test_what_agents_send_is_accepted(scripted: anthropic.Anthropic) -> None:
     """As Claude Code asks: by the beta client, whose requests say ?beta=true."""
     tools = [{**WEATHER, "name": f"mcp__server__tool_{number}" + "x" * 60} for number in range(90)]
-    text = {"type": "text", "cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    text = {"type": "text", "cache_control": {"type": "ephemeral", "ttl": "1h", "scope": "global"}}
     request: dict[str, Any] = {
         "model": "script",
         "max_tokens": 32000,
@@ -443,8 +443,10 @@ def test_an_assistants_last_words_are_continued(tiny_stack: Stack) -> None:
         settings: dict[str, Any] = {"model": "tiny", "max_tokens": 50, "extra_body": {"temperature": 0}}
         answer = client.messages.create(messages=turns, **settings).content[0].text
         begun, rest = answer[:10], answer[10:]
-        turns.append({"role": "assistant", "content": begun})
-        assert client.messages.create(messages=turns, **settings).content[0].text.strip() == rest.strip()
+        for last, expected in ((begun, rest), ("", answer)):
+            turns[1:] = [{"role": "assistant", "content": last}]
+            again = client.messages.create(messages=turns, **settings)
+            assert again.content[0].text.strip() == expected.strip()
 
 
 def test_more_tokens_than_the_context_holds_may_be_asked_for(tiny_stack: Stack) -> None:
@@ -586,6 +588,22 @@ def test_a_full_queue_is_an_overload_which_the_client_waits_for(stack: Stack) ->
     with claude(stack, port, max_retries=10) as client:
         assert client.messages.create(**echo()).stop_reason == "end_turn", "when there was room, with no word of ours"
     timer.join()
+
+
+def test_a_keys_own_limit_and_a_model_without_a_worker_have_errors_of_their_own(stack: Stack) -> None:
+    worker = echo_worker(stack, delay_ms=0)
+    key = stack.make_key("--rpm", "1")
+    with claude(stack, api_key=key) as limited:
+        limited.messages.create(**echo())
+        with pytest.raises(anthropic.RateLimitError) as much:
+            limited.messages.create(**echo())
+    assert (much.value.type, much.value.error_code) == ("rate_limit_error", "rate_limit_exceeded")
+    assert int(much.value.response.headers["retry-after"]) >= 1
+    worker.stop()
+    with claude(stack) as client, pytest.raises(anthropic.ServiceUnavailableError) as away:
+        client.messages.create(**echo())
+    assert (away.value.type, away.value.error_code) == ("overloaded_error", "no_worker")
+    assert int(away.value.response.headers["retry-after"]) >= 1
 
 
 def test_a_job_that_fails_in_its_stream_ends_it_with_an_error_that_the_client_raises(stack: Stack) -> None:
@@ -730,3 +748,32 @@ def test_the_clients_list_of_models_is_anthropics(scripted_stack: Stack) -> None
             client.models.retrieve("no-such")
     listed = get(scripted_stack.port, "/v1/models", anthropic_version="2023-06-01").json()
     assert set(listed) == {"data", "has_more", "first_id", "last_id"}
+
+
+# counting
+
+
+def test_the_count_of_a_prompt_is_that_of_the_message(tiny_stack: Stack) -> None:
+    cut: Any = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello! How"}]
+    asked: Any = [{"role": "user", "content": [{"type": "text", "text": "What is the weather in Rome?"}]}]
+    with claude(tiny_stack) as client:
+        for prompt in (
+            {"messages": asked},
+            {"messages": asked, "system": "Be brief."},
+            {"messages": asked, "tools": [WEATHER], "tool_choice": {"type": "auto"}},
+            {"messages": asked, "tools": [WEATHER], "tool_choice": {"type": "none"}},
+            {"messages": cut},
+        ):
+            counted = client.messages.count_tokens(model="tiny", **prompt)
+            answer = client.messages.create(model="tiny", max_tokens=1, **prompt)
+            assert counted.input_tokens == answer.usage.input_tokens, prompt
+        with pytest.raises(anthropic.NotFoundError):
+            client.messages.count_tokens(model="no-such", messages=asked)
+        with pytest.raises(anthropic.BadRequestError, match="Unknown parameter: 'max_tokens'"):
+            client.messages.count_tokens(model="tiny", messages=asked, extra_body={"max_tokens": 5})
+        beta = client.beta.messages.count_tokens(model="tiny", messages=asked, betas=["token-counting-2024-11-01"])
+        assert beta.input_tokens == client.messages.count_tokens(model="tiny", messages=asked).input_tokens
+
+
+def test_every_engine_that_has_words_counts_them(client: anthropic.Anthropic) -> None:
+    assert client.messages.count_tokens(model="echo", messages=USER).input_tokens == 5

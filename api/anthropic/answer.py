@@ -9,6 +9,7 @@ from pydantic_core import from_json
 from fastchat_q.errors import InvalidRequestError
 from fastchat_q.events import Delta, End, Event, Result
 
+from ..counts import told
 from ..render import View
 from ..stream import INVALID_EVENT_ID, EventId
 from .blocks import Blocks, Said, collected
@@ -27,6 +28,11 @@ def message(view: View, events: Sequence[Event], end: End) -> dict[str, Any]:
         if block["type"] == "tool_use":
             block["input"] = _input(block["input"])
     return _message(view, end.result) | {"content": content, **_stop(view, end)}
+
+
+def count(view: View, events: Sequence[Event], end: End) -> dict[str, Any]:
+    """The answer of ``POST /v1/messages/count_tokens``."""
+    return {"input_tokens": told(events)[1]["count"]}
 
 
 class MessageWriter:
@@ -81,11 +87,11 @@ class MessageWriter:
         else:
             made, n = self._closing(event), event.n + 1
         written = [_event(at, said) for at, said in self._numbered(n, made) if self._lacks(at)]
-        beyond = self._after is not None and (n > self._after.n or isinstance(event, End))
+        beyond = self._after is not None and (n >= self._after.n or isinstance(event, End))
         if not self._met and beyond and not self._refused:
             self._refused = True
             return [_named("error", body_of(_no_such_event(self._after)))]
-        return [] if self._refused else written
+        return written
 
     def _closing(self, end: End) -> list[Said]:
         delta = {"type": "message_delta", "delta": _stop(self._view, end), "usage": _usage(end.result)}
@@ -95,8 +101,10 @@ class MessageWriter:
         return [(EventId(n, m), said) for m, said in enumerate(made, 1)]
 
     def _lacks(self, at: EventId) -> bool:
-        self._met = self._met or at == self._after
-        return self._after is None or at > self._after
+        if not self._met:
+            self._met = at == self._after and not self._refused
+            return False
+        return True
 
     def _text(self, n: int, text: str) -> bytes:
         head = b"id: %d.1\nevent: content_block_delta\ndata: " % n

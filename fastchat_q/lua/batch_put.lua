@@ -5,6 +5,7 @@
 -- KEYS: 1 the batch, 2 batches of the tenant, 3 all batches, 4 open batches, 5 open batches of the tenant, 6 ticks
 -- ARGV: 1 id, 2 rank, 3 JSON, 4 '1' if it is open
 -- returns 1 written | 0 it is behind
+redis.call('ZREM', KEYS[4], '')   -- so that it works at maxmemory, as in prelude.lua: what was accepted can be finished
 local old = redis.call('HGET', KEYS[1], 'rank')
 if old and tonumber(old) > tonumber(ARGV[2]) then return 0 end
 redis.call('HSET', KEYS[1], 'rank', ARGV[2], 'json', ARGV[3])

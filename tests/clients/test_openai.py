@@ -115,8 +115,13 @@ def test_a_model_class_comes_back_filled(client: openai.OpenAI, streamed: bool) 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_plain_json_schema_is_held_to(client: openai.OpenAI, seed: int) -> None:
-    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
-    wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    ok = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": ok, "strict": True}}
     create: Any = client.chat.completions.create
     answer = create(model="tiny", messages=HELLO, response_format=wanted, seed=seed, logit_bias=TERSE)
     assert isinstance(json.loads(answer.choices[0].message.content)["ok"], bool)
@@ -255,6 +260,34 @@ def test_a_timeout_of_the_clients_own_is_raised_and_the_job_ends(clients_stack: 
                 model="echo", messages=HELLO, max_tokens=5000, extra_body={"ignore_eos": True}
             )
     assert time.monotonic() - began < 5
+
+
+def test_an_error_in_the_middle_of_a_stream_is_raised(clients_stack: Stack) -> None:
+    with clients_stack.client() as client:
+        fields: Any = {"max_tokens": 5000, "extra_body": {"ignore_eos": True}}
+        raw = client.chat.completions.with_raw_response.create(model="echo", messages=HELLO, stream=True, **fields)
+        stream = iter(raw.parse())
+        next(stream)
+        client.post(f"/jobs/{raw.headers['x-job-id']}/cancel", cast_to=object, body={})
+        with pytest.raises(openai.APIError) as caught:
+            list(stream)
+    assert not isinstance(caught.value, openai.APIConnectionError)
+    assert "cancelled" in caught.value.message
+
+
+def test_the_client_comes_back_when_the_server_said_that_there_is_a_worker_again(stack: Stack) -> None:
+    """503 with Retry-After, which the client waits for by itself."""
+    options = ("--model", "echo", "--engine", "echo")
+    stack.start_worker(*options).stop()
+    with stack.client() as client:
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.chat.completions.create(model="echo", messages=HELLO)
+        assert (caught.value.status_code, caught.value.code) == (503, "no_worker")
+        assert int(caught.value.response.headers["retry-after"]) > 0
+        late = stack.start("late", "worker", "--no-supervise", *options)
+        patient = client.with_options(max_retries=8)
+        assert patient.chat.completions.create(model="echo", messages=HELLO).choices[0].message.content == "Hello!"
+    late.stop()
 
 
 def test_an_unknown_path_is_an_error_of_the_same_shape(client: openai.OpenAI) -> None:

@@ -80,7 +80,6 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "an unknown rope": (configure(rope_parameters={"rope_type": "nonsense"}), "nonsense"),
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "tokenizer.*sentencepiece"),
     "a tokenizer cut short": (cut("tokenizer.json", 1000), "JSON file of it is broken"),
-    "a tokenizer without a chat template": (remove("chat_template.jinja"), "no chat template.*instruction-tuned"),
 }
 
 

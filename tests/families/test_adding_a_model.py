@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from fastchat_q.workers.engines.loading.model import load
 from fastchat_q.workers.engines.processing.rendering import Renderer
 
 from fastchat_q.choices import LoadOptions
-from fastchat_q.errors import ConfigurationError
 from fastchat_q.jobs import Job, Message
 from tests.servers import wait_until
 from tests.stack import Stack, running_stack
@@ -72,9 +72,22 @@ def test_a_row_of_one_s_own_is_served_from_its_file(stack: Stack, shop: Path) ->
     worker.stop()
 
 
-def test_a_model_without_a_template_is_told_the_ways_out(shop: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"no chat template.*Ways out: --chat-template NAME"):
-        load(str(shop / "bare-model"), "cpu")
+def test_a_model_without_a_template_completes_prompts_and_tells_chats_the_ways_out(stack: Stack, shop: Path) -> None:
+    worker = stack.start_worker("--threads", "1", "--model", str(shop / "bare-model"))
+    assert re.search(r"no chat template.*Ways out: --chat-template NAME", worker.output())
+    with stack.client() as client:
+        shown = client.models.retrieve("bare-model").model_dump()
+        assert (shown["kind"], "completions" in shown["features"]) == ("completion", True)
+        answer = client.completions.create(model="bare-model", prompt="Hello!", max_tokens=5)
+        assert answer.usage is not None
+        assert 1 <= answer.usage.completion_tokens <= 5
+        messages: Any = [{"role": "user", "content": "Hello!"}]
+        with pytest.raises(openai.BadRequestError, match="--chat-template") as refused:
+            client.chat.completions.create(model="bare-model", messages=messages)
+        assert refused.value.code == "no_chat_template"
+        with pytest.raises(openai.BadRequestError, match="--chat-template"):
+            client.post(f"{stack.base}/tokenize", body={"model": "bare-model", "messages": messages}, cast_to=object)
+    worker.stop()
 
 
 def test_the_model_card_names_a_family(shop: Path) -> None:

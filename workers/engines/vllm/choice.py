@@ -29,12 +29,29 @@ class Row:
     """The job's, with what the model's family adds."""
     grammar: str | None = None
     """What its answers follow."""
-    prompt: list[int] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)
+    """One, but of completions, which may have several."""
     inputs: Any = None
     """The prompt as vLLM takes it, images included; None: the tokens are all."""
-    limit: int = 0
-    """Tokens that an answer may have."""
     choices: list["Choice"] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an answer stands.
+
+    Args:
+        index: among all of its job.
+        variant: among those to its prompt: what is drawn hangs on it.
+        limit: tokens that it may have.
+        echo: its prompt, if it is to tell it before anything else.
+    """
+
+    prompt: list[int]
+    limit: int
+    index: int
+    variant: int
+    echo: str | None = None
 
 
 class Choice:
@@ -50,15 +67,18 @@ class Choice:
         CannotResumeError: what was said cannot be continued.
     """
 
-    def __init__(self, row: Row, index: int, said: Sequence[Piece], reading: Reading | None, goes_on: bool) -> None:
-        self.row, self.index = row, index
-        self.request_id = f"{row.ticket} {index}"
+    def __init__(self, row: Row, place: Place, said: Sequence[Piece], reading: Reading | None, goes_on: bool) -> None:
+        self.row, self.place, self.index = row, place, place.index
+        self.request_id = f"{row.ticket} {self.index}"
+        self._echo = place.echo
         self.in_prompt: tuple[int, ...] = ()
         """Tokens of it that vLLM takes as part of the prompt."""
         self.reading = reading
         self.finish: FinishReason | None = next((piece.finish for piece in said if piece.finish), None)
         self.stop: str | None = None
         """The stop string that ended it."""
+        if not place.limit and place.echo is None:
+            self.finish = "length"  # all that it had to say is told
         self.tokens = 0
         """Tokens that it has, those of the earlier attempt included once they are there."""
         self._prior = tuple([token for piece in said for token in piece.ids])
@@ -75,12 +95,36 @@ class Choice:
             self.in_prompt = self._prior
             self._late = [self._read(token, None) for token in self._prior]
 
-    def take(self, completion: Any, decode: Callable[[list[int]], str]) -> tuple[Piece, ...]:
+    @property
+    def scored(self) -> bool:
+        """Whether the log probabilities of its prompt are wanted."""
+        return self._echo is not None and self.row.sampling.logprobs is not None
+
+    def take(
+        self, completion: Any, decode: Callable[[list[int]], str], prompt_logprobs: Any = None
+    ) -> tuple[Piece, ...]:
         """What is new in an output of vLLM's; ``finish`` says if the answer ends with it.
+
+        Args:
+            prompt_logprobs: those of its prompt, which come with the first output.
 
         Raises:
             FastchatQError: the job fails with it.
         """
+        if self._echo is None:
+            return self._taken(completion, decode)
+        echo = Piece(text=self._echo, choice=self.index, units=1, echo=True)
+        if self.scored:
+            ids, count = self.place.prompt, self.row.sampling.logprobs or 0
+            first = TokenLogprob(ids[0], decode([ids[0]]), 0.0)
+            echo = echo._replace(logprobs=(first, *token_logprobs(ids[1:], prompt_logprobs[1:], count, decode)))
+        self._echo = None
+        if self.place.limit:
+            return (echo, *self._taken(completion, decode))
+        self.finish = "length"
+        return (echo._replace(finish=self.finish) if len(self.row.choices) > 1 else echo,)
+
+    def _taken(self, completion: Any, decode: Callable[[list[int]], str]) -> tuple[Piece, ...]:
         ids, reason = tuple(completion.token_ids), completion.finish_reason
         if reason is not None and reason not in FINISH:
             raise RetryableError(f"vLLM ended the request: {reason}.", code="engine_error")
@@ -110,7 +154,7 @@ class Choice:
         return self._pieces(piece)
 
     def _pieces(self, piece: Piece) -> tuple[Piece, ...]:
-        if self.finish is not None and self.row.sampling.n > 1:
+        if self.finish is not None and len(self.row.choices) > 1:
             piece = piece._replace(finish=self.finish)
         return (piece,) if piece.ids or piece.said or piece.tool_calls or piece.finish else ()
 

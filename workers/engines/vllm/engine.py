@@ -25,6 +25,7 @@ from fastchat_q.registry import ModelCard
 
 from ..async_engine import LoopEngine
 from ..base import STOP_S, Ended, Output, Request, Sink
+from ..processing.tokens import KINDS
 from .choice import Choice, Row
 from .intake import Intake
 from .params import job_error, sampling_params
@@ -63,7 +64,8 @@ class VllmEngine(LoopEngine):
         self._llm = llm
         self._tokenizer: Any = llm.renderer.get_tokenizer()
         self._intake = Intake(llm, options)
-        card = ModelCard(name, "vllm", context, made, device, dtype, features=self._intake.features)
+        intake = self._intake
+        card = ModelCard(name, "vllm", context, made, device, dtype, intake.kind, features=intake.features)
         super().__init__(card, config.scheduler_config.max_num_seqs)
         self._adapters = dict(adapters)
         self._rows: dict[str, Row] = {}
@@ -122,6 +124,12 @@ class VllmEngine(LoopEngine):
         try:
             if row.job.model not in (self.card.name, *self._adapters):
                 raise InvalidRequestError(f"This worker has no model {row.job.model!r}.", param="model")
+            if row.job.kind in KINDS:
+                told = await self._intake.tokens(request)
+                if self._rows.get(row.ticket) is row:
+                    self._forget(row.ticket)
+                    self._give(told)
+                return
             await self._intake.take_in(row, request)
             for choice in row.choices:
                 if self._rows.get(row.ticket) is not row:
@@ -138,11 +146,17 @@ class VllmEngine(LoopEngine):
             self._fail(row, job_error(error))
 
     async def _ask(self, choice: Choice) -> None:
-        row = choice.row
+        row, place = choice.row, choice.place
         params = sampling_params(
-            row.sampling, choice.index, row.limit, len(choice.in_prompt), row.grammar, text=choice.reading is None
+            row.sampling,
+            place.variant,
+            place.limit,
+            len(choice.in_prompt),
+            row.grammar,
+            text=choice.reading is None,
+            scored=choice.scored,
         )
-        ids = [*row.prompt, *choice.in_prompt]
+        ids = [*place.prompt, *choice.in_prompt]
         inputs = tokens_input(ids) if row.inputs is None else {**row.inputs, "prompt_token_ids": ids}
         adapter = self._adapters.get(row.job.model)
         answer = await self._llm.add_request(choice.request_id, inputs, params, lora_request=adapter)
@@ -166,7 +180,7 @@ class VllmEngine(LoopEngine):
             return
         [completion] = output.outputs
         try:
-            pieces = choice.take(completion, self._tokenizer.decode)
+            pieces = choice.take(completion, self._tokenizer.decode, output.prompt_logprobs)
         except FastchatQError as error:
             self._fail(row, error)
         except Exception as error:  # what cannot be read of it is this request's alone
@@ -184,7 +198,7 @@ class VllmEngine(LoopEngine):
             self._give(Output(row.ticket, pieces))
 
     def _end(self, row: Row, pieces: tuple[Piece, ...]) -> None:
-        usage = Usage(len(row.prompt), sum(choice.tokens for choice in row.choices))
+        usage = Usage(sum(map(len, row.prompts)), sum(choice.tokens for choice in row.choices))
         self._forget(row.ticket)
         first = row.choices[0]
         stop = first.stop if first.stop in row.job.sampling.stop else None  # not one of the model's family

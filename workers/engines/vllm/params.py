@@ -21,7 +21,13 @@ NEXT_SEED = 0x9E3779B97F4A7C15
 
 
 def sampling_params(
-    sampling: Sampling, choice: int, max_tokens: int, generated: int, grammar: str | None = None, text: bool = True
+    sampling: Sampling,
+    choice: int,
+    max_tokens: int,
+    generated: int,
+    grammar: str | None = None,
+    text: bool = True,
+    scored: bool = False,
 ) -> SamplingParams:
     """What vLLM is told for one choice.
 
@@ -30,6 +36,7 @@ def sampling_params(
         generated: tokens of it that are part of the prompt, because an earlier attempt made them.
         grammar: Lark, of its guide.
         text: vLLM makes the text, and ends it at a stop string; else only ids are wanted.
+        scored: the log probabilities of the prompt are wanted too.
     """
     greedy = sampling.temperature == 0
     return SamplingParams(
@@ -45,9 +52,10 @@ def sampling_params(
         stop=list(sampling.stop) if text else [],
         stop_token_ids=list(sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
-        max_tokens=max_tokens - generated,
+        max_tokens=max(1, max_tokens - generated),
         min_tokens=max(0, min(sampling.min_tokens, max_tokens) - generated),
         logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.logprobs if scored else None,
         structured_outputs=None if grammar is None else _following(grammar),
         detokenize=text,
         output_kind=RequestOutputKind.DELTA,

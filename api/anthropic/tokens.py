@@ -1,0 +1,57 @@
+"""``POST /v1/messages/count_tokens``: how long the prompt of a message is, by the worker that would answer it."""
+
+import asyncio
+from dataclasses import replace
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from fastchat_q.settings import Settings
+
+from ..asked import Asked
+from ..asking import answer
+from ..chat import INLINE_BYTES
+from ..guard import check_rest
+from ..media import Images
+from ..service import service_of
+from ..tokenize import asked_count
+from .request import Prompt
+
+router = APIRouter(tags=["anthropic"])
+
+
+@router.post("/v1/messages/count_tokens", summary="Count the tokens of a message's prompt")
+async def count_tokens(body: Prompt, request: Request) -> Response:
+    """Answers `input_tokens`: of the very prompt that the same message would have."""
+    settings = service_of(request).settings
+    size = len(await request.body())
+    found = (
+        asked(body, settings, size) if size <= INLINE_BYTES else await asyncio.to_thread(asked, body, settings, size)
+    )
+    return await answer(request, found)
+
+
+def asked(body: Prompt, settings: Settings, size: int) -> Asked:
+    """What the request asks for.
+
+    Args:
+        size: of the request's body, in bytes.
+
+    Raises:
+        InvalidRequestError: an image cannot be taken.
+        RequestTooLargeError: the body is too large without its images.
+    """
+    images = Images(settings.max_images, settings.max_image_bytes, remote=settings.allow_remote_images)
+    job = body.to_job(images)
+    check_rest(size, images.url_bytes, settings.max_body_bytes)
+    tools = () if job.tool_choice == "none" else job.tools  # the chat's prompt leaves them out then
+    found = asked_count(
+        body,
+        body.model,
+        job.messages,
+        tools=tools,
+        template_kwargs=job.template_kwargs,
+        images=images,
+        form="message_tokens",
+    )
+    return replace(found, spelt=body.spelt())
