@@ -14,7 +14,7 @@ REDIS ?=
 JOBS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 NODE_TESTS := tests/clients/node
 # On a machine without node its clients are not tested; in CI that is an error (FASTCHAT_Q_REQUIRE_CLIENTS=1).
-NODE_STAMP := $(if $(shell command -v npm),$(NODE_TESTS)/node_modules/setup.stamp)
+NODE_STAMP := $(if $(shell command -v npm 2>/dev/null),$(NODE_TESTS)/node_modules/setup.stamp)
 OTHER_SERVERS := redis-7 redis-6.2 cluster
 SERVER_TESTS := $(patsubst %,tests/test_%.py,dead_letters files_api idempotency lanes oncall orchestrator quarantine queue reconcile \
 	recovery resume servers state_machine worker)

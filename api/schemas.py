@@ -14,7 +14,7 @@ from .fields import JsonObject, Strict, Text, field_error, without_neutral
 from .formats import ResponseFormat, StructuredOutputs
 from .media import Images
 from .messages import ChatMessage
-from .tools import AllowedTools, NamedTool, Tool
+from .tools import AllowedTools, ChosenTools, NamedTool, Tool
 
 MAX_STOP = 4
 MAX_STOP_LENGTH = 1024
@@ -140,7 +140,7 @@ class ChatRequest(Strict):
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedTool | AllowedTools | None = None
+    tool_choice: Literal["auto", "none", "required"] | ChosenTools | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKEN_ID)

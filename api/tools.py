@@ -1,8 +1,8 @@
 """The tools of a chat request, in OpenAI's shape."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from .fields import NAME, JsonObject, Strict, Text
 
@@ -54,3 +54,14 @@ class AllowedTools(Strict):
 
     type: Literal["allowed_tools"]
     allowed_tools: Subset
+
+
+def _branch(choice: Any) -> str:
+    """By the type alone, so that an error names what is wrong with the one that was meant."""
+    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
+    return "AllowedTools" if kind == "allowed_tools" else "NamedTool"
+
+
+ChosenTools = Annotated[
+    Annotated[NamedTool, Tag("NamedTool")] | Annotated[AllowedTools, Tag("AllowedTools")], Discriminator(_branch)
+]

@@ -18,6 +18,7 @@ from fastchat_q.workers.main import serve
 from fastchat_q.workers.worker import Limits
 
 from fastchat_q import logs
+from fastchat_q.errors import InvalidRequestError
 from fastchat_q.events import Piece, Usage, decode_delta, encode_payload
 from fastchat_q.jobs import Feature, Job
 from fastchat_q.registry import ModelCard
@@ -92,9 +93,12 @@ def _steps(job: Job) -> tuple[list[tuple[Piece, ...]], Any, float, int]:
     elif job.messages[-1].text == "job":
         return [(Piece((1,), job.to_spec()),)], "stop", 0.0, 1
     else:
-        raw = orjson.loads(job.messages[-1].text)
-        steps = [decode_delta(0, 0, step.encode()).pieces for step in raw["steps"]]
-        return steps, raw["finish"], raw["delay_ms"] / 1000, 7
+        try:
+            raw = orjson.loads(job.messages[-1].text)
+            steps = [decode_delta(0, 0, step.encode()).pieces for step in raw["steps"]]
+            return steps, raw["finish"], raw["delay_ms"] / 1000, 7
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InvalidRequestError("The last message is no script.", param="messages") from error
     return [(Piece(vector=one, choice=n, units=1),) for n, one in enumerate(vectors)], "stop", 0.0, len(vectors)
 
 

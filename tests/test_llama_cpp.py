@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import openai
 import psutil
 import pytest
 from fastchat_q.workers.main import build_engine
@@ -61,6 +62,24 @@ def test_a_gguf_model_answers_as_the_same_model_does_in_transformers(stack: Stac
         ]
         assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
         assert answers[0].usage == answers[1].usage
+
+
+@llama_cpp
+def test_raw_prompts_are_completed_as_in_transformers_and_echo_is_refused(stack: Stack, gguf: Path) -> None:
+    stack.start_worker("--model", "tiny", "--name", "reference", "--threads", "1")
+    stack.start_worker("--model", str(gguf), *FLAGS)
+    client = stack.client()
+    for prompt in ("The capital of France is", ["One and two", "Mia saw"]):
+        answers = [
+            client.completions.create(model=model, prompt=prompt, temperature=0, max_tokens=12)
+            for model in ("reference", "tiny")
+        ]
+        assert [one.text for one in answers[1].choices] == [one.text for one in answers[0].choices]
+    scored = client.completions.create(model="tiny", prompt="Mia", temperature=0, max_tokens=3, logprobs=2)
+    assert scored.choices[0].logprobs is not None
+    assert len(scored.choices[0].logprobs.tokens or ()) == 3
+    with pytest.raises(openai.BadRequestError, match="echo"):
+        client.completions.create(model="tiny", prompt="Mia", echo=True)
 
 
 @llama_cpp

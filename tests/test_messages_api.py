@@ -329,7 +329,7 @@ def test_a_schema_becomes_the_guide(scripted: anthropic.Anthropic, name: str) ->
 def test_what_agents_send_is_accepted(scripted: anthropic.Anthropic) -> None:
     """As Claude Code asks: by the beta client, whose requests say ?beta=true."""
     tools = [{**WEATHER, "name": f"mcp__server__tool_{number}" + "x" * 60} for number in range(90)]
-    text = {"type": "text", "cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    text = {"type": "text", "cache_control": {"type": "ephemeral", "ttl": "1h", "scope": "global"}}
     request: dict[str, Any] = {
         "model": "script",
         "max_tokens": 32000,
@@ -443,8 +443,10 @@ def test_an_assistants_last_words_are_continued(tiny_stack: Stack) -> None:
         settings: dict[str, Any] = {"model": "tiny", "max_tokens": 50, "extra_body": {"temperature": 0}}
         answer = client.messages.create(messages=turns, **settings).content[0].text
         begun, rest = answer[:10], answer[10:]
-        turns.append({"role": "assistant", "content": begun})
-        assert client.messages.create(messages=turns, **settings).content[0].text.strip() == rest.strip()
+        for last, expected in ((begun, rest), ("", answer)):
+            turns[1:] = [{"role": "assistant", "content": last}]
+            again = client.messages.create(messages=turns, **settings)
+            assert again.content[0].text.strip() == expected.strip()
 
 
 def test_more_tokens_than_the_context_holds_may_be_asked_for(tiny_stack: Stack) -> None:
@@ -586,6 +588,22 @@ def test_a_full_queue_is_an_overload_which_the_client_waits_for(stack: Stack) ->
     with claude(stack, port, max_retries=10) as client:
         assert client.messages.create(**echo()).stop_reason == "end_turn", "when there was room, with no word of ours"
     timer.join()
+
+
+def test_a_keys_own_limit_and_a_model_without_a_worker_have_errors_of_their_own(stack: Stack) -> None:
+    worker = echo_worker(stack, delay_ms=0)
+    key = stack.make_key("--rpm", "1")
+    with claude(stack, api_key=key) as limited:
+        limited.messages.create(**echo())
+        with pytest.raises(anthropic.RateLimitError) as much:
+            limited.messages.create(**echo())
+    assert (much.value.type, much.value.error_code) == ("rate_limit_error", "rate_limit_exceeded")
+    assert int(much.value.response.headers["retry-after"]) >= 1
+    worker.stop()
+    with claude(stack) as client, pytest.raises(anthropic.ServiceUnavailableError) as away:
+        client.messages.create(**echo())
+    assert (away.value.type, away.value.error_code) == ("overloaded_error", "no_worker")
+    assert int(away.value.response.headers["retry-after"]) >= 1
 
 
 def test_a_job_that_fails_in_its_stream_ends_it_with_an_error_that_the_client_raises(stack: Stack) -> None:

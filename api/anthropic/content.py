@@ -19,11 +19,9 @@ KNOWN = ("text", "image", "tool_use", "tool_result", "thinking", "redacted_think
 MEDIA_TYPES = Literal["image/jpeg", "image/png", "image/gif", "image/webp"]
 
 
-class CacheControl(Strict):
-    """Where a cached prompt may end. Accepted: it is about what a prompt costs, and changes nothing in its answer."""
-
-    type: Literal["ephemeral"]
-    ttl: Literal["5m", "1h"] | None = None
+CacheControl = JsonObject
+"""Where a cached prompt may end, and for how long and whom it is kept. Accepted, whatever it says: it is about what a
+prompt costs, and changes nothing in its answer."""
 
 
 class _Block(Strict):
@@ -202,6 +200,11 @@ class InputMessage(Strict):
         if isinstance(self.content, str):
             return [TextBlock(type="text", text=self.content)] if self.content else []
         return self.content
+
+    @property
+    def has_text(self) -> bool:
+        """Whether any of it is text."""
+        return any(isinstance(block, TextBlock) and block.text for block in self.blocks)
 
 
 def system_text(system: str | Sequence[TextBlock] | None) -> str:

@@ -1,7 +1,7 @@
 """Anthropic's message request, and the one way from it to a job. What is not honoured is refused by name."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import orjson
@@ -178,7 +178,7 @@ class Prompt(Strict):
             raise field_error(
                 "messages", "The last message is an assistant's, and only its text can be continued: answer it first"
             )
-        if last.role == "system":
+        if not self.turns or self.turns[-1].role == "system":
             raise field_error("messages", "The last message should be a user's or an assistant's", last.role)
         return self
 
@@ -194,9 +194,15 @@ class Prompt(Strict):
             raise field_error("tool_choice", "It is only allowed when 'tools' are specified", choice.type)
 
     @property
+    def turns(self) -> Sequence[InputMessage]:
+        """The messages but for a last one of the assistant's that says nothing: it stands for the answer."""
+        last = self.messages[-1]
+        return self.messages[:-1] if last.role == "assistant" and not last.has_text else self.messages
+
+    @property
     def continues(self) -> bool:
         """The answer goes on with the assistant's text that the conversation ends with."""
-        return self.messages[-1].role == "assistant"
+        return self.turns[-1].role == "assistant"
 
     @property
     def format(self) -> JsonOutput | None:
@@ -224,7 +230,7 @@ class Prompt(Strict):
         return Job(
             id=str(ULID()),
             model=self.model,
-            messages=(*system, *turns(self.messages, images)),
+            messages=(*system, *turns(self.turns, images)),
             tools=tuple([tool.to_object() for tool in self.tools or ()]),
             tool_choice=choice.to_choice() if choice is not None else "auto",
             parallel_tool_calls=not (choice is not None and choice.disable_parallel_tool_use),

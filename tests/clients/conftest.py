@@ -24,6 +24,7 @@ def clients_stack() -> Iterator[Stack]:
         stack.start_worker("--model", "tiny", "--slots", "32", "--threads", "1")
         stack.start_worker("--model", "echo", "--engine", "echo", "--token-delay-ms", "2")
         stack.start_worker("--model", str(folder / "bert"), "--name", "embedder", "--engine", "embeddings")
+        stack.start("orchestrator", "orchestrator")  # batches need it
         yield stack
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -523,3 +523,68 @@ def test_a_key_that_is_refused_is_told_at_the_start() -> None:
     ):
         connect("mine", 1, Upstream("m", f"{server.base}/v1", KEY))
     assert KEY not in str(raised.value)
+
+
+# ---- completions and tokens
+
+
+def prompts(*given: str | tuple[int, ...], **fields: Any) -> Job:
+    how = Sampling(temperature=0, max_tokens=4, logprobs=fields.pop("logprobs", None))
+    return Job(id="j", model="m", kind="completion", inputs=given, sampling=how, **fields)
+
+
+def text_chunk(index: int, text: str, finish: str | None = None, logprobs: Any = None) -> str:
+    choice = {"index": index, "text": text, "finish_reason": finish, "logprobs": logprobs}
+    body = {"id": "c", "object": "text_completion", "created": 1, "model": "m", "choices": [choice]}
+    return f"data: {json.dumps(body)}\n\n"
+
+
+def test_a_completion_goes_to_the_endpoint_of_old_with_all_its_prompts() -> None:
+    reply = answer(text_chunk(0, "one"), text_chunk(1, "two", "length"), text_chunk(0, " more", "stop"))
+    with forwarding(reply, owner="vllm") as (driver, server):
+        [got] = driver.run(prompts("a", "b", special_tokens=False))
+        asked = server.asked[-1]
+    assert asked.path.endswith("/v1/completions")
+    assert (asked.body["prompt"], asked.body["add_special_tokens"]) == (["a", "b"], False)
+    assert "messages" not in asked.body
+    texts = ["".join(piece.text for piece in got.pieces if piece.choice == index) for index in (0, 1)]
+    assert texts == ["one more", "two"]
+    assert [(piece.choice, piece.finish) for piece in got.pieces if piece.finish] == [(1, "length"), (0, "stop")]
+    assert got.usage == Usage(5, 3)
+
+
+def test_a_prompt_that_is_told_back_is_known_as_such() -> None:
+    found = {"tokens": ["a", "b"], "token_logprobs": [None, -1.5], "top_logprobs": [None, {"b": -1.5, "c": -0.5}]}
+    with forwarding(answer(text_chunk(0, "ab", None, found), text_chunk(0, "c", "stop")), owner="vllm") as (driver, _):
+        [got] = driver.run(prompts((1, 2), echo=True, logprobs=1))
+    assert [(piece.text, piece.echo) for piece in got.pieces] == [("ab", True), ("c", False)]
+    assert [(one.token, one.logprob) for one in got.pieces[0].logprobs] == [("a", 0.0), ("b", -1.5)]
+    assert {other.token: other.logprob for other in got.pieces[0].logprobs[1].top} == {"b": -1.5, "c": -0.5}
+
+
+def test_a_completion_that_was_cut_off_is_asked_for_again_and_no_word_comes_twice() -> None:
+    reply = answer(text_chunk(0, "one two"), text_chunk(0, " three", "stop"))
+    with forwarding(reply, owner="vllm") as (driver, _):
+        got = resumed(driver, prompts("a"), Piece(text="one t", units=1))
+    assert got.text == "wo three"
+
+
+@pytest.mark.parametrize("owner", ["openai", "library", "llamacpp", "someone"])
+def test_servers_that_would_not_tell_a_prompt_back_are_not_asked_to(owner: str) -> None:
+    with forwarding(answer(text_chunk(0, "x", "stop")), owner=owner) as (driver, _):
+        assert "completions" in driver.engine.card.features
+        assert not {"prompt_logprobs", "tokenize"} & set(driver.engine.card.features)
+        [refused] = driver.run(prompts("a", echo=True))
+    assert refused.ended is not None
+    assert isinstance(refused.ended.error, InvalidRequestError)
+    assert refused.ended.error.param == "echo"
+
+
+def test_tokens_are_looked_for_beside_the_base_url() -> None:
+    reply = Reply({"count": 2, "max_model_len": 9, "tokens": [4, 5], "token_strs": None})
+    with forwarding(reply, owner="vllm") as (driver, server):
+        [got] = driver.run(Job(id="j", model="m", kind="tokenize", inputs=("hi",)))
+        assert server.asked[-1].path == "/tokenize"
+        assert server.asked[-1].body == {"model": "m", "prompt": "hi"}
+    assert got.ids == (4, 5)
+    assert json.loads(got.text) == {"count": 2, "max_model_len": 9}

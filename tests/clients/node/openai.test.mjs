@@ -1,7 +1,7 @@
 // OpenAI's client for Node, unmodified, on real workers.
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import OpenAI from 'openai';
+import OpenAI, { toFile } from 'openai';
 import { zodResponseFormat } from 'openai/helpers/zod';
 import { z } from 'zod';
 import { GREETING, HELLO, TERSE, TOOLS, WEATHER, apiKey, baseURL } from './shared.mjs';
@@ -115,6 +115,37 @@ test('embeddings and models', async () => {
   for await (const model of client.models.list()) names.push(model.id);
   assert.deepEqual(names.sort(), ['echo', 'embedder', 'tiny']);
   assert.equal((await client.models.retrieve('tiny')).object, 'model');
+});
+
+test('a file becomes a batch, and the batch a file', async () => {
+  const line = (number) => ({
+    custom_id: `line-${number}`,
+    method: 'POST',
+    url: '/v1/chat/completions',
+    body: { model: 'echo', messages: [{ role: 'user', content: `text ${number}` }] },
+  });
+  const lines = [0, 1, 2].map((number) => JSON.stringify(line(number))).join('\n');
+  const file = await client.files.create({ file: await toFile(Buffer.from(lines), 'in.jsonl'), purpose: 'batch' });
+  let batch = await client.batches.create({
+    input_file_id: file.id,
+    endpoint: '/v1/chat/completions',
+    completion_window: '24h',
+  });
+  const ended = ['completed', 'failed', 'expired', 'cancelled'];
+  while (!ended.includes(batch.status)) {
+    await new Promise((resolve) => setTimeout(resolve, 200));
+    batch = await client.batches.retrieve(batch.id);
+  }
+  assert.equal(batch.status, 'completed');
+  assert.equal(batch.request_counts.completed, 3);
+  const output = await (await client.files.content(batch.output_file_id)).text();
+  const said = output
+    .trimEnd()
+    .split('\n')
+    .map((text) => JSON.parse(text))
+    .map((one) => [one.custom_id, one.response.body.choices[0].message.content]);
+  assert.deepEqual(said.sort(), [0, 1, 2].map((number) => [`line-${number}`, `text ${number}`]));
+  assert.ok((await client.files.delete(file.id)).deleted);
 });
 
 test('errors have the classes of the client', async () => {
