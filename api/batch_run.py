@@ -20,6 +20,7 @@ from fastchat_q.events import Delta, End
 from fastchat_q.files import Files, object_key
 from fastchat_q.jobs import Job
 from fastchat_q.ledger import Ledger, Outcome
+from fastchat_q.loops import check_cancelled
 from fastchat_q.queue import Accepted, Queue, Terms
 from fastchat_q.settings import Settings
 from fastchat_q.storage import AlreadyExistsError
@@ -145,6 +146,7 @@ class Run:
         self._again = [line async for line in lines_at(self._batches.storage, self._key, self.batch.head.pending)]
         poll_s = MIN_POLL_S
         while True:
+            check_cancelled()
             now = time.monotonic()
             if now - self._looked >= LOOK_S:
                 await self._look()
@@ -383,6 +385,7 @@ class Run:
         await self._adopt()
         await cancel_jobs(self._redis, self._jobs(), running=False)
         while await self._collect() or self._flights:
+            check_cancelled()
             if self._clock() >= over:
                 await cancel_jobs(self._redis, self._jobs(), running=True)
                 over = float("inf")
@@ -397,6 +400,7 @@ class Run:
         await self._adopt()
         await cancel_jobs(self._redis, self._jobs(), running=True)
         while self._flights:  # each of them has ended by now
+            check_cancelled()
             await self._collect()
         while (line := await self._lines.next()) is not None:
             self._expired(line.number, envelope(line, self._endpoint).custom_id)
