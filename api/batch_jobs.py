@@ -61,6 +61,14 @@ async def _read(redis: "Redis", model: str, ids: Sequence[str]) -> list[EndedJob
     return found
 
 
+async def existing(redis: "Redis", jobs: Sequence[tuple[str, str]]) -> list[bool]:
+    """Of which jobs (model, id) Redis knows."""
+    pipe = redis.pipeline(transaction=False)
+    for model, job_id in jobs:
+        pipe.exists(keys.model_keys(model).job(job_id))
+    return [bool(there) for there in await pipe.execute()] if jobs else []
+
+
 async def cancel_jobs(redis: "Redis", jobs: Mapping[str, str], *, running: bool) -> None:
     """Ends jobs (id -> model).
 

@@ -20,13 +20,14 @@ from fastchat_q.events import Delta, End
 from fastchat_q.files import Files, object_key
 from fastchat_q.jobs import Job
 from fastchat_q.ledger import Ledger, Outcome
+from fastchat_q.loops import check_cancelled
 from fastchat_q.queue import Accepted, Queue, Terms
 from fastchat_q.settings import Settings
 from fastchat_q.storage import AlreadyExistsError
 
 from . import answers
 from .admission import resolve
-from .batch_jobs import cancel_jobs, discard, ended_jobs
+from .batch_jobs import cancel_jobs, discard, ended_jobs, existing
 from .batch_lines import (
     Lines,
     RawLine,
@@ -54,6 +55,7 @@ COMMIT_PART = 60
 of the batch later on, so that one which takes a day has thousands of segments, not a hundred thousand. Until then the
 answers are in the queue, which loses them no sooner than anything else."""
 ENQUEUE_AT_A_TIME = 64
+ADOPT_AT_A_TIME = 256
 LOOK_S = 1.0
 """Lease, cancellation and the share of the window are looked at this often."""
 MIN_POLL_S, BUSY_POLL_S, MAX_POLL_S = 0.02, 0.2, 0.5
@@ -127,7 +129,7 @@ class Run:
         self._answered: list[tuple[str, str]] = []
         """Model and id of jobs whose answers are in the segment to come."""
         self._usage = [0, 0]
-        self._segment_bytes = 0
+        self._segment_bytes = self._num_expired = 0
         self._segment_began = self._looked = time.monotonic()
         self._window, self._window_bytes = 1, 1
         self._trouble = batch.trouble
@@ -144,6 +146,7 @@ class Run:
         self._again = [line async for line in lines_at(self._batches.storage, self._key, self.batch.head.pending)]
         poll_s = MIN_POLL_S
         while True:
+            check_cancelled()
             now = time.monotonic()
             if now - self._looked >= LOOK_S:
                 await self._look()
@@ -155,7 +158,7 @@ class Run:
             moved = await self._fill()
             moved += await self._collect()
             if not self._flights and not self._again and self._lines.done:
-                await self._commit("completed")
+                await self._commit(self._outcome())
                 return True
             if now >= until:
                 if self._answered:
@@ -223,7 +226,7 @@ class Run:
             card = self._catalog.card(model)
             if card is not None:
                 check_can_do(card, job, what.spelt)
-            if what.images is not None:
+            if what.images is not None and not self._stopping:
                 if self._fetcher is not None:
                     job = await what.images.fetch(job, self._fetcher)
                 await blobs.store(self._redis, model, what.images.blobs, BLOB_TTL_S)
@@ -272,11 +275,9 @@ class Run:
             lost = end is None or _lost_a_part(end)
             if end is not None and not lost and not (self._stopping and end.state == "cancelled"):
                 self._take(flight, end, job.events)
-            elif self.batch.cancelling is not None:
-                self._answered.append((flight.model, job.job_id))
             elif self._stopping:
                 self._answered.append((flight.model, job.job_id))
-                self._add(self._errors, expired_line(self._id, flight.line.number, flight.custom_id))
+                self._leave(flight)
             else:
                 await discard(self._redis, [(flight.model, job.job_id)])
                 await self._read_again(flight.line)
@@ -291,7 +292,7 @@ class Run:
         answered_by = keys.public_job_id(flight.model, job_id)
         error = end.error()
         if end.state == "expired":
-            self._add(self._errors, expired_line(self._id, number, flight.custom_id))
+            self._expired(number, flight.custom_id)
         elif error is not None:
             self._fail(number, flight.custom_id, answered_by, error)
         else:
@@ -313,6 +314,14 @@ class Run:
 
     def _fail(self, number: int, custom_id: str, answered_by: str, error: FastchatQError) -> None:
         self._add(self._errors, error_line(self._id, number, custom_id, answered_by, error))
+
+    def _expired(self, number: int, custom_id: str) -> None:
+        self._num_expired += 1
+        self._add(self._errors, expired_line(self._id, number, custom_id))
+
+    def _outcome(self) -> Outcome:
+        """Of a batch whose last line has its answer."""
+        return "expired" if self.batch.head.expired + self._num_expired else "completed"
 
     def _add(self, lines: list[bytes], line: bytes) -> None:
         lines.append(line)
@@ -344,6 +353,7 @@ class Run:
             seq=head.seq + 1,
             completed=head.completed + len(self._output),
             failed=head.failed + len(self._errors),
+            expired=head.expired + self._num_expired,
             line=self._lines.number,
             offset=self._lines.offset,
             pending=() if closed else tuple(places),
@@ -359,7 +369,7 @@ class Run:
         except AlreadyExistsError as error:
             raise SupersededError from error
         answered, self._answered = self._answered, []
-        self._output, self._errors, self._usage, self._segment_bytes = [], [], [0, 0], 0
+        self._output, self._errors, self._usage, self._segment_bytes, self._num_expired = [], [], [0, 0], 0, 0
         self._segment_began = time.monotonic()
         self.batch = replace(self.batch, head=after, trouble=self._trouble)
         await discard(self._redis, answered)
@@ -375,6 +385,7 @@ class Run:
         await self._adopt()
         await cancel_jobs(self._redis, self._jobs(), running=False)
         while await self._collect() or self._flights:
+            check_cancelled()
             if self._clock() >= over:
                 await cancel_jobs(self._redis, self._jobs(), running=True)
                 over = float("inf")
@@ -389,24 +400,45 @@ class Run:
         await self._adopt()
         await cancel_jobs(self._redis, self._jobs(), running=True)
         while self._flights:  # each of them has ended by now
+            check_cancelled()
             await self._collect()
         while (line := await self._lines.next()) is not None:
-            self._add(self._errors, expired_line(self._id, line.number, envelope(line, self._endpoint).custom_id))
+            self._expired(line.number, envelope(line, self._endpoint).custom_id)
             if self._segment_bytes >= COMMIT_BYTES // 8:
                 await self._commit()
                 await self._look()
-        await self._commit("expired")
+        await self._commit(self._outcome())
         return True
 
     async def _adopt(self) -> None:
-        """Lines that an earlier tick enqueued: their answers may be there."""
+        """Takes over jobs that an earlier tick enqueued: their answers may be there.
+
+        Those are the lines that its last segment names, and some behind it, as far as there are jobs of them.
+        """
         self._stopping = True
-        lines, self._again = self._again, []
-        for line in lines:
-            self._bytes += line.size
-            prepared = await self._prepared(line)
-            if prepared is not None:
-                self._flights[prepared.flight.view.job_id] = prepared.flight
+        while True:
+            named, flights = bool(self._again), []
+            for _ in range(ADOPT_AT_A_TIME):
+                line = self._again.pop() if self._again else None if named else await self._lines.next()
+                if line is None:
+                    break
+                prepared = await self._prepared(line)
+                if prepared is not None:
+                    flights.append(prepared.flight)
+            there = await existing(self._redis, [(flight.model, flight.view.job_id) for flight in flights])
+            for flight, is_there in zip(flights, there, strict=True):
+                if is_there:
+                    self._flights[flight.view.job_id] = flight
+                    self._bytes += flight.line.size
+                else:
+                    self._leave(flight)
+            if not named and not any(there):
+                return
+
+    def _leave(self, flight: Flight) -> None:
+        """A line that nothing was made of."""
+        if self.batch.cancelling is None:
+            self._expired(flight.line.number, flight.custom_id)
 
     def _jobs(self) -> dict[str, str]:
         return {job_id: flight.model for job_id, flight in self._flights.items()}

@@ -33,6 +33,8 @@ class Head:
     completed: int = 0
     failed: int = 0
     """Lines in the error file."""
+    expired: int = 0
+    """Those of them that were not answered in time."""
     line: int = 1
     """The next line of the input that no job was made of yet, and where it begins."""
     offset: int = 0

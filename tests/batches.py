@@ -9,7 +9,7 @@ from openai.types import Batch
 
 from .servers import wait_until
 
-Endpoint = Literal["/v1/chat/completions", "/v1/embeddings", "/v1/responses"]
+Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
 CHAT: Endpoint = "/v1/chat/completions"
 OVER = ("completed", "failed", "expired", "cancelled")
 

@@ -1,6 +1,7 @@
 """What drives batches, in this process, so that it can be killed at any point; storage, Redis and workers are real."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,16 +92,16 @@ class Bench:
         self.files = Files(redis, self.storage)
         self.batches = Batches(redis, self.storage)
 
-    def driver(self, batches: Batches | None = None) -> Driver:
-        """One orchestrator."""
+    def driver(self, batches: Batches | None = None, ahead_s: float = 0.0) -> Driver:
+        """One orchestrator, whose clock may be ahead."""
         tools = (self.redis, Queue(self.redis), Catalog(self.redis), batches or self.batches, self.files, self.settings)
-        return Driver(*tools)
+        return Driver(*tools, clock=lambda: time.time() + ahead_s)
 
     async def create(self, content: bytes, expires_in_s: int = 600) -> str:
         """A batch of chats."""
         await self.redis.delete(keys.FILE_STORAGE)
         file = await self.files.create(content, tenant="default", filename="in.jsonl", purpose="batch")
-        now = int(batch_run.time.time())
+        now = int(time.time())
         manifest = Manifest(
             new_batch_id(),
             ANONYMOUS.model_dump(mode="json"),
@@ -209,11 +210,11 @@ async def test_a_lease_keeps_a_second_process_away(bench: Bench) -> None:
 
 async def test_a_batch_goes_on_after_redis_lost_everything(bench: Bench, worker_stack: Stack, monkeypatch: Any) -> None:
     monkeypatch.setattr(batch_run, "COMMIT_LINES", 2)
-    count = 24
+    count = 60
     batch_id = await bench.create(jsonl(line(n, "a b", model="slow") for n in range(count)))
-    await bench.driver().advance(batch_id, 1.5)
-    before = (await bench.batches.load(batch_id)).head
-    assert 0 < before.completed < count
+    while not (before := (await bench.batches.load(batch_id)).head).completed:
+        await bench.driver().advance(batch_id, 0.5)
+    assert before.completed < count
     await bench.redis.flushall()
     assert await bench.batches.reindex() == 1
     assert await bench.batches.reindex() == 0, "the indexes are whole"
@@ -239,22 +240,21 @@ async def test_jobs_that_redis_lost_are_enqueued_again_within_a_tick(bench: Benc
 
 
 async def test_a_full_storage_is_waited_out_and_clients_see_why(bench: Bench) -> None:
-    monkeypatched = bench.storage
     batch_id = await bench.create(jsonl(line(n) for n in range(10)))
-    monkeypatched.full = True
+    bench.storage.full = True
     await bench.driver().advance(batch_id, 1.0)
     seen = await bench.batches.get(batch_id, "default")
     assert seen["status"] == "validating"
     assert "full" in seen["trouble"]
-    monkeypatched.full = False
+    bench.storage.full = False
     batch = await bench.drive(batch_id)
     assert batch.state == "completed"
     assert "trouble" not in await bench.batches.get(batch_id, "default")
 
 
 async def test_what_is_not_done_in_time_is_told_line_by_line(bench: Bench) -> None:
-    count = 60
-    batch_id = await bench.create(jsonl(line(n, "a b", model="slow") for n in range(count)), expires_in_s=3)
+    count = 120
+    batch_id = await bench.create(jsonl(line(n, "a b", model="slow") for n in range(count)), expires_in_s=6)
     batch = await bench.drive(batch_id)
     assert batch.ended is not None
     assert batch.state == "expired"
@@ -269,15 +269,20 @@ async def test_what_is_not_done_in_time_is_told_line_by_line(bench: Bench) -> No
 
 
 async def test_answers_that_wait_in_the_queue_are_kept_when_nobody_drove_the_batch_until_it_expired(
-    bench: Bench, monkeypatch: Any
+    bench: Bench, worker_stack: Stack
 ) -> None:
-    monkeypatch.setattr(batch_run, "COMMIT_S", 0.3)
-    batch_id = await bench.create(jsonl(line(n, "a", model="slow") for n in range(4)), expires_in_s=3)
-    await bench.driver().advance(batch_id, 0.0)  # enqueued, and nothing more
-    await asyncio.sleep(3.2)
-    batch = await bench.drive(batch_id)
+    batch_id = await bench.create(jsonl(line(n, "a", model="slow") for n in range(4)))
+    driving = asyncio.create_task(bench.driver().advance(batch_id))
+    while not worker_stack.records("slow"):
+        await asyncio.sleep(0.01)
+    driving.cancel()
+    await asyncio.gather(driving, return_exceptions=True)
+    assert not (await bench.batches.load(batch_id)).head.completed
+    while worker_stack.live("slow"):
+        await asyncio.sleep(0.01)
+    batch = await bench.drive(batch_id, bench.driver(ahead_s=3600))
     assert batch.ended is not None
-    assert batch.state == "expired"
+    assert (batch.state, batch.ended.completed, batch.ended.failed) == ("completed", 4, 0), "all of it was done in time"
 
 
 async def test_a_cancelled_batch_keeps_what_is_done(bench: Bench) -> None:
@@ -297,6 +302,19 @@ async def test_a_cancelled_batch_keeps_what_is_done(bench: Bench) -> None:
     assert seen["status"] == "cancelled"
     assert seen["cancelling_at"] <= seen["cancelled_at"]
     assert await bench.redis.zcard(keys.model_keys("slow").live) == 0, "nothing of it goes on"
+
+
+async def test_jobs_that_no_segment_speaks_of_are_cancelled_too(bench: Bench, worker_stack: Stack) -> None:
+    batch_id = await bench.create(jsonl(line(n, "a b c d e f g h", model="slow") for n in range(300)))
+    driving = asyncio.create_task(bench.driver().advance(batch_id))
+    while worker_stack.live("slow") < 100:
+        await asyncio.sleep(0.01)
+    driving.cancel()
+    await asyncio.gather(driving, return_exceptions=True)
+    assert (await bench.batches.load(batch_id)).head.seq == 0
+    await bench.batches.cancel(batch_id, "default")
+    assert (await bench.drive(batch_id)).state == "cancelled"
+    assert worker_stack.live("slow") == 0
 
 
 async def test_a_batch_that_is_cancelled_before_it_was_read_ends_without_files(bench: Bench) -> None:

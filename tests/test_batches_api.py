@@ -6,9 +6,10 @@ from typing import Any
 
 import openai
 import pytest
+from fastchat_q.api.endpoints import ENDPOINTS
 from openai.types.responses import Response
 
-from .batches import CHAT, create, ended, ids, jsonl, line, parsed, results
+from .batches import CHAT, Endpoint, create, ended, ids, jsonl, line, parsed, results
 from .conftest import shared_stack
 from .http_client import get
 from .servers import wait_until
@@ -171,6 +172,28 @@ def test_responses_are_batched_too(client: openai.OpenAI) -> None:
     assert found.keys() == {"r0", "r1"}
     [refused] = results(client, batch.error_file_id)
     assert refused["response"]["body"]["error"]["param"] == "background"
+
+
+REQUESTS: dict[Endpoint, tuple[dict[str, Any], str]] = {
+    "/v1/chat/completions": ({"model": "echo", "messages": [{"role": "user", "content": "hi"}]}, "chat.completion"),
+    "/v1/completions": ({"model": "echo", "prompt": "hi"}, "text_completion"),
+    "/v1/embeddings": ({"model": "embedder", "input": "hi"}, "list"),
+    "/v1/responses": ({"model": "echo", "input": "hi"}, "response"),
+}
+
+
+def test_every_endpoint_of_the_table_can_be_batched(client: openai.OpenAI) -> None:
+    assert REQUESTS.keys() == ENDPOINTS.keys()
+    made = {}
+    for path, (body, _) in REQUESTS.items():
+        lines = [{"custom_id": f"r{n}", "method": "POST", "url": path, "body": body} for n in range(3)]
+        made[path] = create(client, jsonl(lines), endpoint=path)
+    for path, (_, kind) in REQUESTS.items():
+        batch = ended(client, made[path])
+        assert batch.status == "completed", batch
+        found = results(client, batch.output_file_id)
+        assert sorted(ids(found)) == ["r0", "r1", "r2"], results(client, batch.error_file_id)
+        assert {one["response"]["body"]["object"] for one in found} == {kind}
 
 
 def test_what_is_done_can_be_read_while_the_batch_runs(client: openai.OpenAI, batch_stack: Stack) -> None:
