@@ -8,7 +8,7 @@ from anthropic._streaming import SSEDecoder
 from fastchat_q.api.anthropic.answer import PING, MessageWriter, message
 from fastchat_q.api.render import View
 from fastchat_q.api.stream import EventId
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastchat_q.events import Delta, End, Event, Piece, Result, ToolCallDelta, Usage
@@ -91,6 +91,7 @@ def content(events: Saying) -> list[dict[str, Any]]:
     return blocks
 
 
+@settings(deadline=None)
 @given(logs(), st.data())
 def test_a_stream_cut_at_any_event_and_read_in_any_pieces_is_the_same_answer(
     events: list[Event], data: st.DataObject
@@ -108,6 +109,7 @@ def test_a_stream_cut_at_any_event_and_read_in_any_pieces_is_the_same_answer(
         assert [event["type"] for _, event in rest].count("message_start") == 0
 
 
+@settings(deadline=None)
 @given(logs(), st.data())
 def test_a_whole_answer_has_the_blocks_of_its_stream(events: list[Event], data: st.DataObject) -> None:
     pieces = st.lists(st.booleans(), min_size=len(events), max_size=len(events))
@@ -131,6 +133,7 @@ def test_a_ping_between_two_events_is_nothing_to_the_official_client() -> None:
     assert deltas == ["a", "b"]
 
 
+@settings(deadline=None)
 @given(logs(), st.integers(0, 40), st.integers(0, 9))
 def test_an_id_that_no_event_has_is_an_error_and_nothing_else(events: list[Event], n: int, m: int) -> None:
     every = [True] * len(events)
