@@ -222,7 +222,7 @@ class Run:
             model = found.model
             if self._catalog.alias(model) is not None:
                 model = await resolve(self._catalog, self._queue, self._caller.tenant, model, job.id)
-                job = job.model_copy(update={"model": model})
+                job, view = job.model_copy(update={"model": model}), replace(view, slug=keys.slug(model))
             card = self._catalog.card(model)
             if card is not None:
                 check_can_do(card, job, what.spelt)

@@ -21,8 +21,8 @@ EVENT_ID = re.compile(r"(\d{1,9})(?:\.(\d{1,9}))?", re.ASCII)
 """No job has more tokens; a greater number would be no id that Redis can look for."""
 
 
-def event_id(given: str | None) -> int | EventId | None:
-    """What an id of an event says.
+def event_id(given: str | None, param: str | None = None) -> int | EventId | None:
+    """What an id of an event says; ``param`` names it in errors.
 
     Raises:
         InvalidRequestError: it is none.
@@ -34,6 +34,7 @@ def event_id(given: str | None) -> int | EventId | None:
         raise InvalidRequestError(
             f"The id of the last event is {given[:80]!r}; event ids are whole numbers of at the most 9 digits, or two "
             "of them with a point between.",
+            param=param,
             code=INVALID_EVENT_ID,
         )
     return int(found[1]) if found[2] is None else EventId(int(found[1]), int(found[2]))

@@ -66,7 +66,7 @@ async def retrieve_response(
     service, tenant = service_of(request), tenant_of(request)
     _check_include([*(include or ()), *(includes or ())])
     stored = await load(service, response_id, tenant)
-    after = event_id(last_event_id if starting_after is None else starting_after)
+    after = event_id(last_event_id) if starting_after is None else event_id(starting_after, "starting_after")
     if not stream:
         if starting_after is not None:
             raise InvalidRequestError("'starting_after' is only allowed when 'stream' is true.", param="starting_after")

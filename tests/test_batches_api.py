@@ -7,6 +7,7 @@ from typing import Any
 import openai
 import pytest
 from fastchat_q.api.endpoints import ENDPOINTS
+from openai.types.responses import Response
 
 from .batches import CHAT, Endpoint, create, ended, ids, jsonl, line, parsed, results
 from .conftest import shared_stack
@@ -148,6 +149,29 @@ def test_embeddings_are_batched_too(client: openai.OpenAI) -> None:
             model="embedder", input=[f"text {one['custom_id'][1:]}", "other"], encoding_format="float"
         )
         assert [item["embedding"] for item in body["data"]] == [item.embedding for item in direct.data]
+
+
+def test_responses_are_batched_too(client: openai.OpenAI) -> None:
+    lines = [
+        {
+            "custom_id": f"r{n}",
+            "method": "POST",
+            "url": "/v1/responses",
+            "body": {"model": "echo", "input": f"text {n}"},
+        }
+        for n in range(3)
+    ]
+    lines[2]["body"]["background"] = True  # type: ignore[index]
+    batch = ended(client, create(client, jsonl(lines), endpoint="/v1/responses"))
+    assert batch.status == "completed"
+    found = {one["custom_id"]: one["response"]["body"] for one in results(client, batch.output_file_id)}
+    for name, body in found.items():
+        answered = Response.model_validate(body, strict=True)
+        assert (answered.status, answered.output_text) == ("completed", f"text {name[1:]}")
+        assert answered.service_tier == "flex"
+    assert found.keys() == {"r0", "r1"}
+    [refused] = results(client, batch.error_file_id)
+    assert refused["response"]["body"]["error"]["param"] == "background"
 
 
 REQUESTS: dict[Endpoint, tuple[dict[str, Any], str]] = {

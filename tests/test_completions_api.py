@@ -6,10 +6,18 @@ from typing import Any
 
 import openai
 import pytest
+from fastchat_q.api import answers
 from fastchat_q.api.completions import MAX_LOGPROBS
+from fastchat_q.api.counts import told
+from fastchat_q.api.endpoints import ENDPOINTS
+from fastchat_q.api.render import View
+from fastchat_q.api.tokenize import DetokenizeRequest, asked_count
 from openai.types import Completion
 
-from fastchat_q.jobs import MAX_CHOICES
+from fastchat_q.errors import InvalidRequestError
+from fastchat_q.events import Delta, End, Piece
+from fastchat_q.jobs import MAX_CHOICES, Job, Message
+from fastchat_q.settings import Settings
 
 from .http_client import Connection, get, post
 from .stack import API_KEY, Stack, make_key, wait_until
@@ -444,3 +452,28 @@ def test_a_model_is_found_by_a_name_with_slashes(stack: Stack) -> None:
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve("acme/none")
     assert get(stack.port, "/v1/models/acme/large/echo", authorization=None).status == 401
+
+
+# ---- as requests that come otherwise than by HTTP
+
+
+def test_a_batch_parses_a_completion_as_http_does() -> None:
+    endpoint = ENDPOINTS[PATH]
+    asked = endpoint.parse({"model": "m", "prompt": ["a", "b"], "n": 2, "best_of": 3}, Settings(), 10)
+    assert (asked.job.kind, asked.job.inputs, asked.job.sampling.n) == ("completion", ("a", "b"), 3)
+    assert Job.from_spec(asked.job.to_spec()) == asked.job
+    assert View.from_json(asked.view.to_json().encode()) == asked.view
+    assert asked.job.cost == 1 + 2 * 3 * 16
+    with pytest.raises(InvalidRequestError) as refused:
+        endpoint.parse({"model": "m", "prompt": "a", "suffix": "b"}, Settings(), 10)
+    assert refused.value.param == "suffix"
+
+
+def test_what_only_counts_tokens_tells_no_tokens() -> None:
+    body = DetokenizeRequest(model="m", tokens=[1])
+    asked = asked_count(body, "m", [Message(role="user", content="hi")], template_kwargs={"enable_thinking": False})
+    assert (asked.job.kind, asked.job.tells, asked.job.cost) == ("tokenize", "count", 1)
+    assert asked.job.template_kwargs == {"enable_thinking": False}
+    said = [Delta(1, 1, (Piece(text='{"count": 7, "max_model_len": null}', units=1),))]
+    assert told(said)[1]["count"] == 7
+    assert answers.whole(asked.view, said, End(1, "succeeded", "stop", None))["count"] == 7

@@ -287,7 +287,7 @@ def test_a_query_that_is_not_honoured_is_refused(scripted_stack: Stack) -> None:
         ("include=web_search_call.results", "include"),
         ("include[]=nothing", "include"),
         ("starting_after=1", "starting_after"),
-        ("stream=true&starting_after=-1", "query.starting_after"),
+        ("stream=true&starting_after=-1", "starting_after"),
     ):
         reply = get(scripted_stack.port, f"{path}?{query}")
         assert (reply.status, reply.error()["param"]) == (400, param), reply.body

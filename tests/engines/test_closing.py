@@ -47,8 +47,7 @@ def guides(tiny: Loaded) -> Guides:
 
 def way(guides: Guides, schema: Any, most: int = LONGEST) -> list[int] | None:
     compiled = guides.guided(Guide(kind="json_schema", value=json.dumps(schema)), most)._compiled.result()
-    assert compiled.closing is not None
-    return compiled.closing.way(compiled.matcher, most)
+    return None if compiled.closing is None else compiled.closing.way(compiled.matcher, most)
 
 
 @pytest.mark.parametrize("name", [*SCHEMAS, *ENDLESS])

@@ -17,8 +17,9 @@ const compatible = createOpenAICompatible({
 const openai = createOpenAI({ baseURL, apiKey });
 const providers = [
   ['openai-compatible', compatible('tiny'), { fastchat: { logit_bias: TERSE } }],
-  ['openai', openai.chat('tiny'), { openai: { logitBias: TERSE } }],
+  ['openai.chat', openai.chat('tiny'), { openai: { logitBias: TERSE } }],
 ];
+const responses = openai('tiny'); // the provider's default: OpenAI's Responses API
 const Person = z.object({ name: z.string(), age: z.number().int() });
 // As JSON schemas: those that zod makes are not what `tiny` has learnt to read.
 const results = { get_weather: () => 'sunny, 20 degrees', add: ({ a, b }) => `${a + b}`, get_time: () => '12:00' };
@@ -104,6 +105,30 @@ for (const [name, model, terse] of providers) {
     });
   });
 }
+
+test('openai: text, streams and tools of the Responses API', async () => {
+  const { text, usage } = await generateText({ model: responses, prompt: 'Hello!', temperature: 0 });
+  assert.equal(text, GREETING);
+  assert.ok(usage.outputTokens > 0);
+  const result = streamText({ model: responses, prompt: 'Hello!', temperature: 0 });
+  let streamed = '';
+  for await (const part of result.textStream) streamed += part;
+  assert.equal(streamed, GREETING);
+  const asked = { model: responses, prompt: WEATHER, tools, temperature: 0, stopWhen: stepCountIs(3) };
+  const { text: told, steps } = await generateText(asked);
+  assert.deepEqual(steps[0].toolCalls[0].input, { city: 'Rome' });
+  assert.equal(told, 'The weather in Rome is sunny, 20 degrees.');
+});
+
+test('openai: an object by the Responses API', async () => {
+  const Answer = z.object({ ok: z.boolean() });
+  const { output } = await generateText({
+    model: responses,
+    prompt: 'Hello!',
+    output: Output.object({ schema: Answer }),
+  });
+  assert.equal(typeof output.ok, 'boolean');
+});
 
 test('embeddings', async () => {
   for (const model of [compatible.embeddingModel('embedder'), openai.embedding('embedder')]) {

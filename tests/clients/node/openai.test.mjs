@@ -2,7 +2,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import OpenAI, { toFile } from 'openai';
-import { zodResponseFormat } from 'openai/helpers/zod';
+import { zodResponseFormat, zodTextFormat } from 'openai/helpers/zod';
 import { z } from 'zod';
 import { GREETING, HELLO, TERSE, TOOLS, WEATHER, apiKey, baseURL } from './shared.mjs';
 
@@ -104,6 +104,47 @@ test('streamed tool calls are put together', async () => {
   assert.equal(call.function.name, 'get_weather');
   assert.deepEqual(JSON.parse(call.function.arguments), { city: 'Rome' });
   assert.equal(answer.choices[0].finish_reason, 'tool_calls');
+});
+
+test('a completion of a text', async () => {
+  const answer = await client.completions.create({ model: 'tiny', prompt: 'Hello', max_tokens: 3, temperature: 0 });
+  assert.equal(answer.object, 'text_completion');
+  assert.equal(answer.usage.completion_tokens, 3);
+});
+
+test('responses: whole, streamed, parsed, continued and deleted', async () => {
+  const first = await client.responses.create({ model: 'tiny', input: 'My name is Anna.', temperature: 0 });
+  assert.equal(first.output_text, 'Nice to meet you, Anna!');
+  const stream = client.responses.stream({
+    model: 'tiny',
+    input: 'What is my name?',
+    previous_response_id: first.id,
+    temperature: 0,
+  });
+  const numbers = [];
+  stream.on('event', (event) => numbers.push(event.sequence_number));
+  const second = await stream.finalResponse();
+  assert.equal(second.output_text, 'Your name is Anna.');
+  assert.deepEqual(numbers, numbers.map((_, index) => index));
+  const parsed = await client.responses.parse({
+    model: 'tiny',
+    input: 'Hello!',
+    text: { format: zodTextFormat(z.object({ ok: z.boolean() }), 'answer') },
+  });
+  assert.equal(typeof parsed.output_parsed.ok, 'boolean');
+  assert.equal((await client.responses.retrieve(second.id)).output_text, 'Your name is Anna.');
+  await client.responses.delete(second.id);
+  await assert.rejects(client.responses.retrieve(second.id), OpenAI.NotFoundError);
+});
+
+test('a response in the background', async () => {
+  let answer = await client.responses.create({ model: 'tiny', input: 'Hello!', temperature: 0, background: true });
+  while (['queued', 'in_progress'].includes(answer.status)) {
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    answer = await client.responses.retrieve(answer.id);
+  }
+  assert.equal(answer.status, 'completed');
+  assert.equal(answer.output_text, GREETING);
 });
 
 test('embeddings and models', async () => {

@@ -87,6 +87,23 @@ def test_what_openai_does_not_have_is_dropped_or_goes_through() -> None:
     assert answer.choices[0].message.content == GREETING
 
 
+def test_a_completion_of_a_text() -> None:
+    where = {"api_base": BASE_URL, "api_key": API_KEY}
+    answer = litellm.text_completion(
+        model="text-completion-openai/tiny", prompt="Hello", max_tokens=3, temperature=0, **where
+    )
+    assert answer.usage.completion_tokens == 3
+    assert answer.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response(stream: bool) -> None:
+    answer = litellm.responses(input="Hello!", stream=stream, **options())
+    if stream:
+        answer = [event for event in answer if event.type == "response.completed"][-1].response
+    assert answer.output[0].content[0].text == GREETING
+
+
 def test_embeddings() -> None:
     two = litellm.embedding(model="openai/embedder", input=["w1 w2", "w3"], api_base=BASE_URL, api_key=API_KEY)
     assert [one["index"] for one in two.data] == [0, 1]

@@ -41,29 +41,29 @@ class Closing:
         self._letter = [ids[LETTER]] if LETTER in ids else []
         self._costs = np.array([_cost(text) for text in texts], np.float32)
         self._costs[list(eos_ids)] = WORST  # the end of an answer is seen without it
-        self._bits = np.zeros((vocabulary + 31) // 32 * 4, np.uint8)
 
     def way(self, matcher: LLMatcher, most: int) -> list[int] | None:
         """Tokens from where the matcher is to the end, that of the answer included; None: none of so many was found."""
         matcher, way, again = matcher.deep_copy(), list[int](), Counter[int]()
+        bits = np.zeros((len(self._costs) + 31) // 32 * 4, np.uint8)  # of its own: threads look at a time
         while len(way) < min(most, LONGEST):
             if matcher.is_accepting():
                 return [*way, self._eos]
-            token = self._next(matcher, again)
+            token = self._next(matcher, again, bits)
             if token is None:
                 return None
             way.append(token)
             matcher.consume_token(token)
         return None
 
-    def _next(self, matcher: LLMatcher, again: "Counter[int]") -> int | None:
+    def _next(self, matcher: LLMatcher, again: "Counter[int]", bits: NDArray[np.uint8]) -> int | None:
         """The allowed token that costs least; a mark that leads to the end if there is one."""
         in_text = self._letter and matcher.validate_tokens(self._letter)
         for mark in self._quote if in_text else self._marks:
             if matcher.validate_tokens([mark]):
                 return mark
-        matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        costs = np.where(np.unpackbits(self._bits, count=len(self._costs), bitorder="little"), self._costs, np.inf)
+        matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        costs = np.where(np.unpackbits(bits, count=len(self._costs), bitorder="little"), self._costs, np.inf)
         for token, times in again.items():
             costs[token] += AGAIN * times
         token = int(costs.argmin())

@@ -25,7 +25,7 @@ from fastchat_q.errors import FastchatQError, InvalidRequestError, RetryableErro
 from fastchat_q.jobs import Guide
 
 from ..tensors import to_device
-from .closing import Budget, Closing, only
+from .closing import LONGEST, Budget, Closing, only
 from .grammars import Checker, first_masked
 
 CACHED_GRAMMARS = 128
@@ -67,7 +67,7 @@ class Compiled(NamedTuple):
     matcher: LLMatcher
     took_s: float
     closing: Closing | None
-    """Of JSON: how an answer is brought to its end within its limit."""
+    """Of JSON that can end soon: how an answer is brought to its end within its limit."""
 
 
 class Guides:
@@ -125,7 +125,8 @@ class Guides:
         if matcher.is_error():
             raise _refusal(guide, matcher.get_error())
         took_s = time.thread_time() - began
-        return Compiled(matcher, took_s, self._closing if guide.kind in JSON_KINDS else None)
+        ends = guide.kind in JSON_KINDS and self._closing.way(matcher, LONGEST) is not None
+        return Compiled(matcher, took_s, self._closing if ends else None)
 
 
 class Guided:
