@@ -6,6 +6,7 @@ arq's default serializer is pickle, with which anybody who can write to Redis ow
 """
 
 import asyncio
+import os
 import time
 from dataclasses import asdict
 from typing import Any
@@ -42,6 +43,8 @@ ADVANCE_TIMEOUT_S = 900
 as long as the storage needs. After a crash arq keeps its own mark on a tick for as long as that: a batch does not wait
 for it, for its next tick has another name."""
 POLL_S = 0.1
+NICE = 10
+"""Where processors are short, API servers, workers and Redis go first: batches feed on what is left."""
 MAX_TICKS = 32
 """At a time, in one process."""
 HEALTH_INTERVAL_S = 5
@@ -57,6 +60,7 @@ def run(settings: Settings) -> None:
     Raises:
         ConfigurationError: arq's queue would be on a server in cluster mode, or the storage cannot be used.
     """
+    os.nice(NICE)
     redis_url = settings.resolved_redis_url
     client, own = connect(redis_url), connect(settings.orchestrator_redis_url or redis_url)
     asyncio.set_event_loop(uvloop.new_event_loop())
