@@ -325,7 +325,10 @@ def test_a_killed_worker_goes_on_with_the_tokens_that_it_would_have_drawn(stack:
         if first.alive and connection.ids and connection.ids[-1] >= 60:
             first.kill()
             stack.start_worker(*flags)
-    assert texts_of(chunks_of(blocks), 4) == [choice.text for choice in whole.choices]
+    for got, choice in zip(texts_of(chunks_of(blocks), 4), whole.choices, strict=True):
+        pairs = enumerate(zip(got, choice.text, strict=False))
+        same = next((at for at, (one, other) in pairs if one != other), len(got))
+        assert got == choice.text, f"from {same} of {len(choice.text)}: {got[same : same + 40]!r}"
 
 
 def test_a_request_that_is_sent_again_with_its_key_is_one_job(stack: Stack) -> None:
