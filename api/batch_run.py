@@ -5,6 +5,7 @@ lines have no answer yet, and a line that is enqueued again finds its own job.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from fastchat_q.events import Delta, End
 from fastchat_q.files import Files, object_key
 from fastchat_q.jobs import Job
 from fastchat_q.ledger import Ledger, Outcome
-from fastchat_q.loops import check_cancelled
+from fastchat_q.loops import AWAY, check_cancelled
 from fastchat_q.queue import Accepted, Queue, Terms
 from fastchat_q.settings import Settings
 from fastchat_q.storage import AlreadyExistsError
@@ -41,6 +42,7 @@ from .batch_lines import (
     max_line,
 )
 from .catalog import Catalog
+from .limits import Limits
 from .remote_images import Fetcher
 from .render import View
 
@@ -113,6 +115,7 @@ class Run:
     def __init__(self, tools: Tools, batch: Batch, nonce: str) -> None:
         self._redis, self._queue, self._catalog, self._batches = tools.redis, tools.queue, tools.catalog, tools.batches
         self._settings, self._fetcher, self._clock, self._nonce = tools.settings, tools.fetcher, tools.clock, nonce
+        self._limits = Limits(tools.redis)
         self.batch = batch
         self._id, self._endpoint = batch.manifest.id, batch.manifest.endpoint
         self._caller = batch.manifest.who()
@@ -369,9 +372,12 @@ class Run:
         except AlreadyExistsError as error:
             raise SupersededError from error
         answered, self._answered = self._answered, []
-        self._output, self._errors, self._usage, self._segment_bytes, self._num_expired = [], [], [0, 0], 0, 0
+        used, self._usage = sum(self._usage), [0, 0]
+        self._output, self._errors, self._segment_bytes, self._num_expired = [], [], 0, 0
         self._segment_began = time.monotonic()
         self.batch = replace(self.batch, head=after, trouble=self._trouble)
+        with contextlib.suppress(*AWAY):  # once at the most: who dies here has not charged
+            await self._limits.charge(self._caller, used)
         await discard(self._redis, answered)
         if not await self._batches.show(self.batch):
             await self._reload()

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -69,6 +69,7 @@ async def create_batch(body: BatchRequest, request: Request) -> Response:
             f"You have {limit} batches that have not ended, which is the limit. Wait for one of them, cancel one, or "
             "raise FASTCHAT_Q_MAX_OPEN_BATCHES on the server."
         )
+    reservation = await service.limits.admit_batch(caller)
     created_at = int(time.time())
     manifest = Manifest(
         id=new_batch_id(),
@@ -81,7 +82,7 @@ async def create_batch(body: BatchRequest, request: Request) -> Response:
         metadata=body.metadata,
         output_expires_after_s=body.output_expires_after.seconds if body.output_expires_after else None,
     )
-    return _reply((await service.batches.create(manifest)).to_dict())
+    return _reply((await service.batches.create(manifest)).to_dict(), reservation.headers)
 
 
 @router.get("/v1/batches", summary="List batches")
@@ -181,5 +182,5 @@ async def _check_input(service: Service, file_id: str, tenant: str | None) -> No
         )
 
 
-def _reply(found: dict[str, Any]) -> Response:
-    return Response(to_json(found), media_type="application/json")
+def _reply(found: dict[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    return Response(to_json(found), headers=headers, media_type="application/json")

@@ -57,9 +57,25 @@ class Limits:
             QuotaError: the key's quota is used up; nothing was taken.
             redis.RedisError: the server is away.
         """
+        return await self._reserve(caller, 0 if caller.tpm is None and caller.token_quota is None else job.cost)
+
+    async def admit_batch(self, caller: Caller) -> Reservation:
+        """Takes one request for a batch: its lines are no requests, and their tokens are those of a quota alone.
+
+        Raises:
+            RateLimitError, QuotaError, redis.RedisError: as `reserve`.
+        """
+        return await self._reserve(caller, 0)
+
+    async def charge(self, caller: Caller, used: int) -> None:
+        """Tokens of a quota that were used without a reservation: the batch that crosses the line is finished."""
+        if caller.token_quota is not None and used:
+            args = ("settle", 0, 0, 0, caller.token_quota, used, 0, 0)
+            await scripts.call(self._redis, "limit", _keys(caller), args)
+
+    async def _reserve(self, caller: Caller, tokens: int) -> Reservation:
         if caller.rpm is None and caller.tpm is None and caller.token_quota is None:
             return Reservation(caller)
-        tokens = 0 if caller.tpm is None and caller.token_quota is None else job.cost
         args = ("reserve", caller.rpm or 0, caller.tpm or 0, tokens, caller.token_quota or 0)
         verdict, wait, *state, receipt, of_quota = await scripts.call(self._redis, "limit", _keys(caller), args)
         headers = _headers(caller, *state)

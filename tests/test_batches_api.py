@@ -307,3 +307,24 @@ def test_a_key_for_other_models_gets_no_line_through(batch_stack: Stack) -> None
     batch = ended(own, create(own, jsonl([GOOD])))
     assert batch.errors is not None
     assert [one.code for one in batch.errors.data or []] == ["model_not_allowed"]
+
+
+def test_a_batch_is_charged_to_its_keys_quota_and_refused_when_that_is_used_up(batch_stack: Stack) -> None:
+    key = batch_stack.make_key("--token-quota", "5")
+    with batch_stack.client() as admin, closing(openai.OpenAI(base_url=f"{batch_stack.base}/v1", api_key=key)) as poor:
+        poor = poor.with_options(max_retries=0)
+        batch = ended(poor, create(poor, jsonl(line(n, "one two three") for n in range(4))))
+        assert batch.status == "completed", "what was begun is finished"
+        assert batch.usage is not None
+        assert batch.usage.total_tokens > 5
+        wait_until(lambda: refuses(poor), "it is charged")
+        assert admin.models.list().data
+
+
+def refuses(client: openai.OpenAI) -> bool:
+    try:
+        create(client, jsonl([line(0)]))
+    except openai.RateLimitError as error:
+        assert error.code == "insufficient_quota"
+        return True
+    return False
