@@ -34,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lines", type=int, default=50_000)
     parser.add_argument("--words", type=int, default=4, help="of each question, and so of each answer")
+    parser.add_argument("--max-tokens", type=int, help="of each answer; with many words: long lines, short answers")
     parser.add_argument("--slots", type=int, default=256)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--ttft-s", type=float, default=30.0, help="seconds of interactive traffic, each way; 0: none")
@@ -42,7 +43,7 @@ def main() -> None:
     report: dict[str, Any] = {"command": " ".join(["bench/batches.py", *sys.argv[1:]]), "machine": machine()}
     if options.lines:
         with stack(options.slots, 0, options.workers) as system:
-            report["throughput"] = throughput(system, options.lines, options.words)
+            report["throughput"] = throughput(system, options.lines, options.words, options.max_tokens)
     if options.ttft_s:
         with stack(64, 20, 1) as system:
             report["interactive"] = interactive(system, options.ttft_s)
@@ -122,19 +123,21 @@ def stack(slots: int, delay_ms: int, workers: int) -> Iterator[System]:
         yield System(base, processes)
 
 
-def chats(lines: int, words: int) -> bytes:
+def chats(lines: int, words: int, max_tokens: int | None = None) -> bytes:
     """An input."""
     question = " ".join(f"word{n}" for n in range(words))
-    request = {"model": MODEL, "messages": [{"role": "user", "content": question}]}
+    request: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": question}]}
+    if max_tokens is not None:
+        request["max_tokens"] = max_tokens
     rows = (
         {"custom_id": f"r-{n}", "method": "POST", "url": "/v1/chat/completions", "body": request} for n in range(lines)
     )
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def throughput(system: System, lines: int, words: int) -> dict[str, Any]:
+def throughput(system: System, lines: int, words: int, max_tokens: int | None) -> dict[str, Any]:
     """One batch from the upload to its files."""
-    content = chats(lines, words)
+    content = chats(lines, words, max_tokens)
     samples: list[dict[str, Any]] = [{"lines": 0, **system.memory()}]
     peak: dict[str, float] = {}
     cpu = system.cpu()
