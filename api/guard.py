@@ -201,10 +201,13 @@ def check_json(body: bytes) -> None:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> None:
-    if len(pairs) > 1 and len({name for name, _ in pairs}) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _no_json(f"it has {twice[:80]!r} twice in one object")
+    if len(pairs) < 2:
+        return
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise _no_json(f"it has {name[:80]!r} twice in one object")
+        seen.add(name)
 
 
 def _no_json(reason: str) -> InvalidRequestError:

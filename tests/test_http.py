@@ -115,6 +115,15 @@ def test_a_large_body_is_checked_as_a_small_one() -> None:
             check_json(json.dumps({"x": "y" * size})[:-1].encode() + b', "x": 1}')
 
 
+def test_an_object_of_many_names_takes_no_longer_than_others() -> None:
+    """It is checked between two steps of all other requests: a search of all names for each would take minutes."""
+    names = ",".join(f'"{number}":0' for number in range(200_000))
+    began = time.monotonic()
+    with pytest.raises(InvalidRequestError, match="'199999' twice"):
+        check_json(f'{{{names},"199999":0}}'.encode())
+    assert time.monotonic() - began < 10
+
+
 def chunked(*parts: bytes) -> bytes:
     return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
 
