@@ -29,7 +29,14 @@ from .problems import BUG, error_response
 
 log = structlog.get_logger()
 
-TAKES_IMAGES = ("/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/tokenize")
+TAKES_IMAGES = (
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/responses/input_tokens",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/tokenize",
+)
 TAKES_FORMS = ("/v1/files",)
 """Their bodies pass unread: the route reads them piece by piece, within limits of its own."""
 IMAGE = re.compile(rb'"data:image\\?/[^"]*"|"data"\s*:\s*"[^"]*"')
