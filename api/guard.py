@@ -53,7 +53,7 @@ INLINE_BYTES = 256 * 1024
 
 
 class UnsupportedMediaTypeError(InvalidRequestError):
-    """The body is not JSON, or not a form where one is taken."""
+    """The body is not JSON, or not a form where one is taken, or it is packed."""
 
     status = 415
     code = "unsupported_media_type"
@@ -139,11 +139,7 @@ class Guard:
 
     async def _read_body(self, headers: Headers, receive: Receive, takes_images: bool) -> Receive:
         """Reads the body within the limit and returns a receive that gives it again, whole."""
-        content_type = media_type(headers)
-        if content_type != "application/json" and not content_type.endswith("+json"):
-            raise UnsupportedMediaTypeError(
-                f"Content-Type {content_type!r} is not supported. Send JSON, with Content-Type: application/json."
-            )
+        check_is_json(headers)
         declared = headers.get("content-length", "")
         size = int(declared) if declared.isdecimal() else 0
         limit = self._max_image_body_bytes if takes_images else self._max_body_bytes
@@ -262,11 +258,33 @@ def media_type(headers: Headers) -> str:
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
+def check_is_json(headers: Headers) -> None:
+    """Raises UnsupportedMediaTypeError for a body that is not JSON, or is packed."""
+    _check_not_packed(headers)
+    content_type = media_type(headers)
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise UnsupportedMediaTypeError(f"{_given(content_type)}. Send JSON, with Content-Type: application/json.")
+
+
 def check_is_form(headers: Headers) -> None:
-    """Raises UnsupportedMediaTypeError for a body that is no form."""
-    if media_type(headers) != "multipart/form-data":
+    """Raises UnsupportedMediaTypeError for a body that is no form, or is packed."""
+    _check_not_packed(headers)
+    content_type = media_type(headers)
+    if content_type != "multipart/form-data":
+        raise UnsupportedMediaTypeError(f"{_given(content_type)}. Send a form, with Content-Type: multipart/form-data.")
+
+
+def _given(content_type: str) -> str:
+    if not content_type:
+        return "The request does not say what its body is: the header Content-Type is missing"
+    return f"Content-Type {content_type!r} is not supported here"
+
+
+def _check_not_packed(headers: Headers) -> None:
+    encoding = headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
         raise UnsupportedMediaTypeError(
-            f"Content-Type {media_type(headers)!r} is not supported here. Send a form: multipart/form-data."
+            f"Content-Encoding {encoding!r} is not supported. Send the body as it is, without that header."
         )
 
 

@@ -125,6 +125,28 @@ def test_an_object_of_many_names_takes_no_longer_than_others() -> None:
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize(
+    ("path", "headers", "says"),
+    [
+        (CHAT, {"content-encoding": "gzip"}, "Content-Encoding 'gzip'"),
+        ("/v1/files", {"content-encoding": "br"}, "Content-Encoding 'br'"),
+        (CHAT, {"content-type": None}, "the header Content-Type is missing"),
+        (CHAT, {"content-type": "text/plain"}, "Content-Type 'text/plain'"),
+        ("/v1/files", {}, "Content-Type 'application/json'"),
+    ],
+)
+def test_a_body_of_another_kind_is_415_and_says_which(
+    echo_stack: Stack, path: str, headers: dict[str, str | None], says: str
+) -> None:
+    reply = post(echo_stack.port, HELLO, path=path, headers=headers)
+    assert (reply.status, reply.error()["code"]) == (415, "unsupported_media_type")
+    assert says in reply.error()["message"]
+
+
+def test_a_body_that_says_that_it_is_not_packed_is_taken(echo_stack: Stack) -> None:
+    assert post(echo_stack.port, HELLO, headers={"content-encoding": "identity"}).status == 200
+
+
 def chunked(*parts: bytes) -> bytes:
     return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
 
