@@ -48,6 +48,8 @@ DRAIN_S = 30.0
 nothing before all is sent would meet a closed connection, and see no answer."""
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}", re.ASCII)
 """What a client may call its request: anything else gets an id of ours."""
+KINDS = {list: "an array", str: "a string", int: "a number", float: "a number", bool: "a truth value"}
+"""JSON that is no object, by its type here."""
 INLINE_BYTES = 256 * 1024
 """A larger body is parsed on another thread: other streams must not wait for that."""
 
@@ -220,7 +222,7 @@ def takes_head(path: str) -> bool:
 
 
 def check_json(body: bytes) -> None:
-    """Refuses what is no JSON, and an object that has a name twice: which one counts is for no parser to guess.
+    """Refuses what is no JSON object, and one that has a name twice: which one counts is for no parser to guess.
 
     Raises:
         InvalidRequestError: the message says where.
@@ -228,7 +230,7 @@ def check_json(body: bytes) -> None:
     if not body:
         return
     try:
-        json.loads(body.decode(), object_pairs_hook=_each_once)
+        found = json.loads(body.decode(), object_pairs_hook=_each_once)
     except json.JSONDecodeError as error:
         raise _no_json(f"{error.msg} (line {error.lineno}, column {error.colno})") from error
     except UnicodeDecodeError as error:
@@ -237,16 +239,18 @@ def check_json(body: bytes) -> None:
         raise _no_json("it is nested too deeply") from error
     except ValueError as error:  # an integer with more digits than Python converts
         raise _no_json("it holds a number that is too large") from error
+    if not isinstance(found, dict):
+        kind = "null" if found is None else KINDS[type(found)]
+        raise InvalidRequestError(f"The body should be a JSON object, not {kind}.", code="invalid_body")
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> None:
-    if len(pairs) < 2:
-        return
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: set[str] = set()
     for name, _ in pairs:
         if name in seen:
             raise _no_json(f"it has {name[:80]!r} twice in one object")
         seen.add(name)
+    return {}  # what it holds is of no use here
 
 
 def _no_json(reason: str) -> InvalidRequestError:

@@ -110,6 +110,18 @@ def test_what_is_no_json_is_400_and_says_where(echo_stack: Stack, body: bytes, s
     assert says in error["message"]
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/responses", "/v1/embeddings", "/v1/batches"])
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [(b"[]", "an array"), (b"null", "null"), (b' "x"', "a string"), (b"5", "a number"), (b"true", "a truth value")],
+)
+def test_what_is_no_object_is_400_and_says_what_it_is(echo_stack: Stack, path: str, body: bytes, kind: str) -> None:
+    reply = post(echo_stack.port, body, path=path)
+    error = reply.error()
+    assert (reply.status, error["code"]) == (400, "invalid_body")
+    assert error["message"] == f"The body should be a JSON object, not {kind}."
+
+
 def test_a_large_body_is_checked_as_a_small_one() -> None:
     for size in (10, 400_000):
         with pytest.raises(InvalidRequestError, match="twice"):
