@@ -251,6 +251,7 @@ def test_headers_beyond_the_limit_are_431(echo_stack: Stack, head: str) -> None:
         connection.socket.sendall(f"GET /v1/models HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n".encode())
     reply = connection.reply()
     assert (reply.status, reply.error()["code"]) == (431, "headers_too_large")
+    assert reply.headers["x-request-id"].startswith("req_")
 
 
 def test_a_path_beyond_the_limit_is_431_too(echo_stack: Stack) -> None:
@@ -294,6 +295,15 @@ def test_headers_behind_the_body_are_left_out_and_do_not_fill_the_memory(echo_st
 def test_what_is_no_http_is_400_in_openais_shape(echo_stack: Stack, words: bytes) -> None:
     reply = raw(echo_stack.port, words).reply()
     assert (reply.status, reply.error()["code"]) == (400, "invalid_http")
+    assert reply.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize("method", ["FOO", "GETS", "get", "X-Y"])
+def test_a_method_that_no_server_knows_is_405(echo_stack: Stack, method: str) -> None:
+    reply = raw(echo_stack.port, f"{method} /v1/models HTTP/1.1\r\nhost: x\r\n\r\n".encode()).reply()
+    assert (reply.status, reply.error()["code"]) == (405, "method_not_allowed")
+    assert "GET" in reply.headers["allow"]
+    assert method in reply.error()["message"]
 
 
 def test_a_client_that_waits_for_leave_to_send_its_body_gets_it(echo_stack: Stack) -> None:
