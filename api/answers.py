@@ -35,6 +35,7 @@ FORMS: Mapping[render.Form, _Functions] = {
     "tokens": _Functions(counts.tokens),
     "text": _Functions(counts.text),
     "embeddings": _Functions(vectors.embeddings),
+    "input_tokens": _Functions(counts.input_tokens),
     "message": _Functions(anthropic.message, anthropic.MessageWriter, ping=anthropic.PING, reads_all=True, ids=EventId),
     "message_tokens": _Functions(anthropic.count),
     "rerank": _Functions(vectors.ranking),

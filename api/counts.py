@@ -1,4 +1,4 @@
-"""What jobs that tokenize or detokenize answer, as vLLM's objects."""
+"""What jobs that tokenize or detokenize answer, as vLLM's objects and OpenAI's."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +33,11 @@ def tokens(view: View, events: Sequence[Event], end: End) -> dict[str, Any]:
         "tokens": piece.ids,
         "token_strs": found.get("token_strs"),
     }
+
+
+def input_tokens(view: View, events: Sequence[Event], end: End) -> dict[str, Any]:
+    """The answer of ``POST /v1/responses/input_tokens``, as OpenAI's."""
+    return {"object": "response.input_tokens", "input_tokens": told(events)[1]["count"]}
 
 
 def text(view: View, events: Sequence[Event], end: End) -> dict[str, Any]:

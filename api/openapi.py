@@ -64,6 +64,7 @@ WITH_A_KEY = (400, 401, 403, 404, 500, 503)
 EXAMPLES: dict[str, Any] = {
     "/v1/chat/completions": {"model": "tiny", "messages": [{"role": "user", "content": "Tell me a story."}]},
     "/v1/messages": {"model": "tiny", "max_tokens": 100, "messages": [{"role": "user", "content": "Hello!"}]},
+    "/v1/responses/input_tokens": {"model": "tiny", "input": "Hello!"},
     "/v1/messages/count_tokens": {"model": "tiny", "messages": [{"role": "user", "content": "Hello!"}]},
     "/v1/embeddings": {"model": "my-embedder", "input": ["first text", "second text"]},
     "/v1/rerank": {"model": "my-ranker", "query": "what is a queue?", "documents": ["A line.", "A fruit."], "top_n": 1},

@@ -6,13 +6,18 @@ What cannot be parsed is answered with OpenAI's error object, as everything else
 import asyncio
 import contextlib
 import json
+import re
 from http import HTTPStatus
 from typing import Any
 
 import httptools
+import structlog
+from ulid import ULID
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fastchat_q.errors import InvalidRequestError
+
+log = structlog.get_logger()
 
 MAX_HEAD_BYTES = 32 * 1024
 """Of the request line and all headers."""
@@ -22,7 +27,10 @@ LINGER_S = 2.0
 """What comes behind a refused head is read and thrown away for so long, so that the client gets to see the answer."""
 
 FRAMING = (b"content-length", b"transfer-encoding")
-CODES = {400: "invalid_http", 408: "request_timeout", 431: "headers_too_large"}
+REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ \S+ HTTP/1\.[01]\r?\n")
+METHODS = "DELETE, GET, HEAD, OPTIONS, POST"
+"""Those that some path takes."""
+CODES = {400: "invalid_http", 405: "method_not_allowed", 408: "request_timeout", 431: "headers_too_large"}
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -61,6 +69,12 @@ class HttpProtocol(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._decline(data[upgrade.args[0] :])
+        except httptools.HttpParserInvalidMethodError:
+            if REQUEST_LINE.match(data) and not self._refused:
+                method = data.partition(b" ")[0][:80].decode()
+                self._refuse(405, f"The server knows no method {method}. It knows {METHODS}.")
+            else:
+                self.send_400_response("")
         except httptools.HttpParserError:
             self.send_400_response("")
 
@@ -153,13 +167,17 @@ class HttpProtocol(HttpToolsProtocol):
         if under_way and (cycle.response_started or self._in_head or status == 431):
             self.transport.close()
             return
+        request_id = f"req_{ULID()}"
+        log.info("refused", status=status, reason=message, request_id=request_id)
         error = InvalidRequestError(message, code=CODES[status])
         body = json.dumps(error.body()).encode()
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\nx-request-id: {request_id}\r\n"
         )
-        self.transport.write(head.encode() + body)
+        if status == 405:
+            head += f"allow: {METHODS}\r\n"
+        self.transport.write(f"{head}\r\n".encode() + body)
         with contextlib.suppress(NotImplementedError, OSError):
             self.transport.write_eof()
         self.loop.call_later(LINGER_S, self.transport.close)

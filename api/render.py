@@ -16,7 +16,18 @@ from fastchat_q.versions import known_fields
 from . import parts
 
 SERVICE_TIERS: dict[Lane, str] = {"hi": "default", "lo": "flex"}
-Form = Literal["chat", "completion", "embeddings", "message", "message_tokens", "rerank", "response", "text", "tokens"]
+Form = Literal[
+    "chat",
+    "completion",
+    "embeddings",
+    "input_tokens",
+    "message",
+    "message_tokens",
+    "rerank",
+    "response",
+    "text",
+    "tokens",
+]
 """How an answer looks; ``answers`` has the functions of each."""
 ENDING_IDS = 3
 """Ids behind that of the last token: finish reason, usage, [DONE]."""

@@ -2,9 +2,10 @@
 
 import asyncio
 import base64
+from dataclasses import replace
 from typing import Annotated, Any, Literal, get_args
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response
 
 from fastchat_q import blobs
@@ -12,6 +13,7 @@ from fastchat_q.errors import InvalidRequestError, JobFailedError
 from fastchat_q.images import media_type
 
 from . import answers, response_request
+from .asked import Asked
 from .asking import answer
 from .chat import INLINE_BYTES
 from .following import LastEventId, StartingAfter, event_id, follow
@@ -22,6 +24,7 @@ from .response_request import IMAGE_URLS, ResponseRequest, asked
 from .response_store import Stored, context_of, load
 from .service import Service, service_of, tenant_of
 from .stream import INVALID_EVENT_ID, EventId
+from .tokenize import asked_count
 
 router = APIRouter(tags=["responses"])
 
@@ -37,14 +40,44 @@ CANCELLED = "cancelled by request"
 )
 async def create_response(body: ResponseRequest, request: Request) -> Response:
     """Queues the request as a job; with `background` it is done without its client."""
+    return await answer(request, await _asked(body, request))
+
+
+@router.post("/v1/responses/input_tokens", summary="Count the tokens of a response's input")
+async def count_input_tokens(body: ResponseRequest, request: Request) -> Response:
+    """Answers `input_tokens`: of the very prompt that the same response would have. The rest of it changes nothing."""
+    return await answer(request, _counted(await _asked(body, request)))
+
+
+@router.post("/v1/responses/compact", include_in_schema=False)
+async def compact() -> Response:
+    """Not there: by its path alone, it would be a response that cannot be posted to."""
+    raise HTTPException(404)
+
+
+async def _asked(body: ResponseRequest, request: Request) -> Asked:
     service = service_of(request)
     size = len(await request.body())
     context = await context_of(service, tenant_of(request), body)
     if size <= INLINE_BYTES:
-        found = asked(body, service.settings, size, context)
-    else:
-        found = await asyncio.to_thread(asked, body, service.settings, size, context)
-    return await answer(request, found)
+        return asked(body, service.settings, size, context)
+    return await asyncio.to_thread(asked, body, service.settings, size, context)
+
+
+def _counted(found: Asked) -> Asked:
+    """What a request asks for that wants to know only how many tokens the prompt of this one has."""
+    job = found.job
+    tools = () if job.tool_choice == "none" else job.tools  # the prompt leaves them out then
+    count = asked_count(
+        found.body,
+        job.model,
+        job.messages,
+        tools=tools,
+        template_kwargs=job.template_kwargs,
+        images=found.images,
+        form="input_tokens",
+    )
+    return replace(count, spelt=found.spelt)
 
 
 @router.get(

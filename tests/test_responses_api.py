@@ -56,6 +56,28 @@ def said_by(job: str) -> list[tuple[str, Any]]:
     return [(turn["role"], turn.get("content")) for turn in json.loads(job)["messages"]]
 
 
+def test_input_tokens_are_those_that_the_response_has(echo_stack: Stack, client: openai.OpenAI) -> None:
+    first = client.responses.create(model="echo", input="one two three")
+    more: dict[str, Any]
+    for more in (
+        {},
+        {"previous_response_id": first.id},
+        {"instructions": "Be brief.", "max_output_tokens": 99, "stream": True},
+    ):
+        body = {"model": "echo", "input": "four five", **more}
+        reply = post(echo_stack.port, body, path=f"{PATH}/input_tokens")
+        assert reply.status == 200, reply.body
+        usage = client.responses.create(**{**body, "stream": False}).usage
+        assert usage is not None
+        assert reply.json() == {"object": "response.input_tokens", "input_tokens": usage.input_tokens}
+    assert client.responses.input_tokens.count(model="echo", input="four five").input_tokens > 0
+
+
+def test_compact_is_not_there(echo_stack: Stack) -> None:
+    reply = post(echo_stack.port, {"model": "echo", "input": "hello"}, path=f"{PATH}/compact")
+    assert (reply.status, reply.error()["code"]) == (404, "not_found")
+
+
 def test_a_response_has_openais_shape_to_the_field(echo_stack: Stack) -> None:
     reply = post(echo_stack.port, {"model": "echo", "input": "the quick  brown 🦊"}, path=PATH)
     assert reply.status == 200, reply.body
