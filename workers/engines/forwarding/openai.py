@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletionChunk
 from openai.types.chat.chat_completion_chunk import Choice, ChoiceDeltaToolCall
 
 from fastchat_q.errors import ConfigurationError, JobFailedError
-from fastchat_q.events import Alternative, FinishReason, Piece, TokenLogprob, ToolCallDelta, Usage
+from fastchat_q.events import SPELT, Alternative, FinishReason, Piece, TokenLogprob, ToolCallDelta, Usage, spelt
 from fastchat_q.jobs import CONTINUE, Feature, Job
 from fastchat_q.registry import ModelCard
 
@@ -282,8 +282,12 @@ def _old_logprobs(found: Any) -> Iterable[TokenLogprob]:
         return
     if content := getattr(found, "content", None):
         for one in content:
-            top = [Alternative(UNKNOWN_ID, other["token"], other["logprob"]) for other in one.get("top_logprobs", ())]
-            yield TokenLogprob(UNKNOWN_ID, one["token"], one["logprob"], tuple(top))
+            top = [
+                Alternative(other.get("id", UNKNOWN_ID), _text(other["token"], other.get("bytes")), other["logprob"])
+                for other in one.get("top_logprobs", ())
+            ]
+            token = _text(one["token"], one.get("bytes"))
+            yield TokenLogprob(one.get("id", UNKNOWN_ID), token, one["logprob"], tuple(top))
         return
     tokens, values = found.tokens or (), found.token_logprobs or ()
     tops = found.top_logprobs or [None] * len(tokens)
@@ -341,8 +345,16 @@ def call_deltas(calls: Iterable[ChoiceDeltaToolCall]) -> tuple[ToolCallDelta, ..
 
 def _logprobs(choice: Choice) -> Iterable[TokenLogprob]:
     for one in (choice.logprobs.content if choice.logprobs else None) or ():
-        top = tuple(Alternative(_id(other), other.token, other.logprob) for other in one.top_logprobs or ())
-        yield TokenLogprob(_id(one), one.token, one.logprob, top)
+        top = tuple(
+            Alternative(_id(other), _text(other.token, other.bytes), other.logprob) for other in one.top_logprobs or ()
+        )
+        yield TokenLogprob(_id(one), _text(one.token, one.bytes), one.logprob, top)
+
+
+def _text(token: str, raw: list[int] | None) -> str:
+    """Of a part of a character its bytes, where the server tells them."""
+    told = spelt(bytes(raw)) if raw else token
+    return told if told.startswith(SPELT) else token
 
 
 def _id(token: object) -> int:
