@@ -10,7 +10,7 @@ Otherwise each chunk says one thing of one choice, for there are clients that lo
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from fastchat_q.events import Delta, Piece, TokenLogprob, ToolCallDelta
+from fastchat_q.events import SPELT, Delta, Piece, TokenLogprob, ToolCallDelta, token_bytes
 
 LEAST_LOGPROB = -9999.0
 """What stands for the logarithm of 0, which JSON cannot say; as in vLLM."""
@@ -130,7 +130,16 @@ def _call(call: ToolCallDelta) -> dict[str, Any]:
     return {"index": call.call, "function": function, **first}
 
 
+def shown(token: str) -> str:
+    r"""A token's text in chats and responses: ``\xf0\x9f`` for a part of a character, as OpenAI has it."""
+    return token.removeprefix(SPELT) if token_bytes(token) != token.encode() else token
+
+
 def _logprob(token: str, logprob: float) -> dict[str, Any]:
-    """``bytes`` is null for a token that makes no characters by itself: its bytes are not known here."""
-    known = None if "\ufffd" in token else list(token.encode())
-    return {"token": token, "logprob": max(logprob, LEAST_LOGPROB), "bytes": known}
+    """``bytes`` is null for a part of a character from an engine that does not tell its bytes."""
+    known = token_bytes(token)
+    return {
+        "token": shown(token),
+        "logprob": max(logprob, LEAST_LOGPROB),
+        "bytes": None if known is None else list(known),
+    }

@@ -12,10 +12,10 @@ import orjson
 
 from fastchat_q import keys
 from fastchat_q.errors import FastchatQError
-from fastchat_q.events import Delta, End, Event, FinishReason, Piece, TokenLogprob, ToolCallDelta
+from fastchat_q.events import Delta, End, Event, FinishReason, Piece, TokenLogprob, ToolCallDelta, token_bytes
 from fastchat_q.records import JobRecord
 
-from .parts import LEAST_LOGPROB
+from .parts import LEAST_LOGPROB, shown
 from .render import SERVICE_TIERS, View
 from .response_items import Item, sealed
 
@@ -367,8 +367,10 @@ def _event(event: str, data: bytes, number: int | None = None) -> bytes:
 
 
 def _logprob(one: TokenLogprob) -> Fields:
-    others = [{"token": other.token, "bytes": _bytes(other.token), "logprob": _log(other.logprob)} for other in one.top]
-    return {"token": one.token, "bytes": _bytes(one.token), "logprob": _log(one.logprob), "top_logprobs": others}
+    others = [
+        {"token": shown(other.token), "bytes": _bytes(other.token), "logprob": _log(other.logprob)} for other in one.top
+    ]
+    return {"token": shown(one.token), "bytes": _bytes(one.token), "logprob": _log(one.logprob), "top_logprobs": others}
 
 
 def _short(found: Sequence[Fields]) -> list[Fields]:
@@ -388,5 +390,5 @@ def _log(logprob: float) -> float:
 
 
 def _bytes(token: str) -> list[int]:
-    """None are known of a token that makes no characters by itself."""
-    return [] if "\ufffd" in token else list(token.encode())
+    """None where the engine does not tell those of a part of a character."""
+    return list(token_bytes(token) or b"")

@@ -1,11 +1,12 @@
 """Events become OpenAI's ``text_completion`` objects, whole and in chunks."""
 
+from codecs import getincrementaldecoder
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import orjson
 
-from fastchat_q.events import Delta, End, Event, Piece, Result, merged
+from fastchat_q.events import Delta, End, Event, Piece, Result, TokenLogprob, merged, token_bytes
 
 from .parts import LEAST_LOGPROB, groups
 from .render import ENDING_IDS, View, usage
@@ -53,41 +54,69 @@ def _choice(index: int, pieces: Sequence[Piece], result: Result | None, shows_lo
     return {
         "index": index,
         "text": "".join([piece.text for piece in pieces]),
-        "logprobs": logprobs(pieces, 0) if shows_logprobs else None,
+        "logprobs": logprobs(pieces, Places()) if shows_logprobs else None,
         "finish_reason": finish or (result and result.finish_reason) or "stop",
     }
 
 
-def logprobs(pieces: Iterable[Piece], offset: int) -> dict[str, Any] | None:
+class Places:
+    """Where the tokens of an answer stand in its text, in characters.
+
+    They are reckoned from what the tokens are by themselves, special ones included, as in vLLM. A token that goes on
+    with a character stands where that begins.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._place = 0
+
+    def next(self, token: str) -> int:
+        """The place of the next token."""
+        raw = token_bytes(token)
+        begins = raw is None or not raw or raw[0] & 0xC0 != 0x80
+        if begins:  # what was incomplete before it remains so
+            self._place += len(self._decoder.decode(b"", final=True))
+        place = self._place
+        self._place += len(token) if raw is None else len(self._decoder.decode(raw))
+        return place
+
+
+def logprobs(pieces: Iterable[Piece], places: Places) -> dict[str, Any] | None:
     """OpenAI's object of old for the tokens of some pieces; None for none.
 
-    Of each token the alternatives are those that were asked for and itself. Its place in the text is reckoned from what
-    the tokens before it decode to by themselves, as in vLLM.
+    Of each token the alternatives are those that were asked for and itself.
 
     Args:
-        offset: characters of the answer before them.
+        places: behind the tokens of the answer before them; moves on.
     """
     tokens: list[str] = []
     values: list[float | None] = []
     top: list[dict[str, float] | None] = []
-    places: list[int] = []
+    offsets: list[int] = []
     for piece in pieces:
         for number, one in enumerate(piece.logprobs):
             tokens.append(one.token)
-            places.append(offset)
-            offset += len(one.token)
+            offsets.append(places.next(one.token))
             if piece.echo and not number:  # nothing is before it that could make it likely
                 values.append(None)
                 top.append(None)
                 continue
             values.append(max(one.logprob, LEAST_LOGPROB))
-            others: dict[str, float] = {}
-            for token, logprob in [(one.token, one.logprob), *((other.token, other.logprob) for other in one.top)]:
-                others[token] = max(logprob, others.get(token, LEAST_LOGPROB))  # two tokens may decode to the same
-            top.append(others)
+            top.append(_alternatives(one))
     if not tokens:
         return None
-    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": places}
+    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+
+
+def _alternatives(one: TokenLogprob) -> dict[str, float]:
+    """By their texts, and by their ids those that decode to the same as a likelier one."""
+    found = {one.token: max(one.logprob, LEAST_LOGPROB)}
+    for other in one.top:
+        if other.id != one.id or other.token != one.token:
+            taken = other.token in found and other.id >= 0
+            name = f"token_id:{other.id}" if taken else other.token
+            found[name] = max(other.logprob, found.get(name, LEAST_LOGPROB))
+    return found
 
 
 class TextWriter:
@@ -115,8 +144,8 @@ class TextWriter:
         self._usage_field = b',"usage":null' if view.include_usage else b""
         self._open = b"\ndata: " + self._head + b',"choices":[{"index":0,"text":'
         self._close = b',"logprobs":null,"finish_reason":null}]' + self._usage_field + b"}\n\n"
-        self._offsets: dict[int, int] = {}
-        """Characters of each choice before its next token."""
+        self._places: dict[int, Places] = {}
+        """Of each choice, behind the tokens that were told."""
 
     def role(self) -> bytes:
         """Nothing: a completion has no role."""
@@ -139,7 +168,7 @@ class TextWriter:
         return body if end is None else body + self._end(end)
 
     def _lacking(self, deltas: Sequence[Delta], after: int) -> list[Delta]:
-        """Those that the client lacks; of the others the characters count, for the places of tokens."""
+        """Those that the client lacks; of the others the tokens count, for the places of those behind them."""
         for delta in deltas:
             if delta.n <= after:
                 for piece in delta.pieces:
@@ -162,9 +191,7 @@ class TextWriter:
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         if not piece.logprobs:
             return None
-        offset = self._offsets.get(piece.choice, 0)
-        self._offsets[piece.choice] = offset + sum([len(one.token) for one in piece.logprobs])
-        return logprobs([piece], offset)
+        return logprobs([piece], self._places.setdefault(piece.choice, Places()))
 
     def _end(self, end: End) -> bytes:
         error = end.error()

@@ -4,6 +4,7 @@ A published message is one or more lines; a line is ``<job id> <n> <k> <payload>
 n, or ``<job id> <n> end <json>``. The token log holds the same payload under the id ``0-<n>``.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,23 +33,45 @@ LOG_OF_0 = float("-inf")
 """Of a token that cannot come; null in JSON."""
 
 
+SPELT = "bytes:"
+_SPELT_BYTES = re.compile(r"bytes:(?:\\x[0-9a-f]{2})+")
+
+
 class Alternative(NamedTuple):
     """A token that the model might have chosen."""
 
     id: int
     token: str
-    """What it decodes to by itself; bytes that make no character are U+FFFD."""
+    """What it decodes to by itself; see `TokenLogprob`."""
     logprob: float
     """Natural logarithm."""
 
 
 class TokenLogprob(NamedTuple):
-    """What the model thought of a token before temperature and penalties, and of the likeliest others."""
+    """What the model thought of a token before temperature and penalties, and of the likeliest others.
+
+    A token that is a part of a character is told by its bytes (`spelt`), or as U+FFFD where they are not known.
+    """
 
     id: int
     token: str
     logprob: float
     top: tuple[Alternative, ...] = ()
+
+
+def spelt(raw: bytes) -> str:
+    r"""The text of a token; ``bytes:\xf0\x9f`` if it makes no characters by itself, as OpenAI's completions have it."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return SPELT + "".join([f"\\x{byte:02x}" for byte in raw])
+
+
+def token_bytes(token: str) -> bytes | None:
+    """The bytes of a token by its text; None: they are not known."""
+    if _SPELT_BYTES.fullmatch(token):
+        return bytes.fromhex(token.removeprefix(SPELT).replace("\\x", ""))
+    return None if "\ufffd" in token else token.encode()
 
 
 class Piece(NamedTuple):

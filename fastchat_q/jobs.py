@@ -4,6 +4,7 @@ import math
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from .errors import InvalidRequestError
 
@@ -243,6 +244,19 @@ class Job(_Frozen):
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"])) or "spec"
             raise InvalidRequestError(f"job spec: {where}: {first['msg']}", code="bad_spec") from error
+
+
+def call_arguments(text: str) -> dict[str, Any]:
+    """The arguments of a tool call from their JSON text, as a model wrote it.
+
+    Of those of a call that was cut off what is whole, and nothing of a text that is no JSON object: what an answer said
+    can always be sent back in the next turn.
+    """
+    try:
+        found = from_json(text or "{}", allow_inf_nan=False, allow_partial=True)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _characters(one: str | tuple[int, ...]) -> int:

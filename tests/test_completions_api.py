@@ -11,11 +11,12 @@ from fastchat_q.api.completions import MAX_LOGPROBS
 from fastchat_q.api.counts import told
 from fastchat_q.api.endpoints import ENDPOINTS
 from fastchat_q.api.render import View
+from fastchat_q.api.text_completion import Places, logprobs
 from fastchat_q.api.tokenize import DetokenizeRequest, asked_count
 from openai.types import Completion
 
 from fastchat_q.errors import InvalidRequestError
-from fastchat_q.events import Delta, End, Piece
+from fastchat_q.events import Alternative, Delta, End, Piece, TokenLogprob, token_bytes
 from fastchat_q.jobs import MAX_CHOICES, Job, Message
 from fastchat_q.settings import Settings
 
@@ -231,6 +232,43 @@ def test_log_probabilities_stand_at_the_places_of_their_tokens(tiny_stack: Stack
                 "but of the end"
             )
             assert top is None or 2 <= len(top) <= 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_parts_of_a_character_stand_where_it_begins(tiny_stack: Stack, stream: bool) -> None:
+    text, asked = "a😀b €c", {"prompt": "a😀b €c", "echo": True, "logprobs": 5, "max_tokens": 1}
+    if stream:
+        parts = [c.choices[0].logprobs for c in raw(tiny_stack, **asked, stream=True) if c.choices[0].logprobs]
+        tokens = [token for part in parts for token in part.tokens]
+        places = [place for part in parts for place in part.text_offset]
+    else:
+        found = raw(tiny_stack, **asked).choices[0].logprobs
+        tokens, places = found.tokens, found.text_offset
+    assert len(tokens) > len(text) + 1, "characters of several tokens"
+    before = b""
+    for token, place in zip(tokens[:-1], places, strict=False):
+        assert place == len(before.decode(errors="ignore"))
+        before += token_bytes(token) or b"?"
+    assert before.decode() == text
+    assert places[-1] == len(text)
+
+
+def test_alternatives_that_look_alike_are_told_apart() -> None:
+    top = (
+        Alternative(1, "a", -0.5),
+        Alternative(2, "\ufffd", -1.0),
+        Alternative(3, "\ufffd", -2.0),
+        Alternative(4, "a", -3.0),
+    )
+    found = logprobs([Piece((1,), "a", logprobs=(TokenLogprob(1, "a", -0.5, top),))], Places())
+    assert found is not None
+    assert found["top_logprobs"] == [{"a": -0.5, "\ufffd": -1.0, "token_id:3": -2.0, "token_id:4": -3.0}]
+
+
+def test_a_character_that_stays_incomplete_has_a_place_of_its_own() -> None:
+    places = Places()
+    tokens = ["bytes:\\xf0\\x9f", "x", "bytes:\\xe2", "bytes:\\x82", "bytes:\\xac", "y"]
+    assert [places.next(token) for token in tokens] == [0, 1, 2, 2, 2, 3]
 
 
 def test_the_best_of_several_is_the_one_that_the_model_finds_likeliest(tiny_stack: Stack) -> None:

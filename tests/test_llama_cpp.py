@@ -75,9 +75,14 @@ def test_raw_prompts_are_completed_as_in_transformers_and_echo_is_refused(stack:
             for model in ("reference", "tiny")
         ]
         assert [one.text for one in answers[1].choices] == [one.text for one in answers[0].choices]
-    scored = client.completions.create(model="tiny", prompt="Mia", temperature=0, max_tokens=3, logprobs=2)
-    assert scored.choices[0].logprobs is not None
-    assert len(scored.choices[0].logprobs.tokens or ()) == 3
+        assert answers[1].usage == answers[0].usage
+    tokens = []
+    for model in ("reference", "tiny"):
+        scored = client.completions.create(model=model, prompt="Mia saw", temperature=0, max_tokens=3, logprobs=2)
+        assert scored.choices[0].logprobs is not None
+        tokens.append(scored.choices[0].logprobs.tokens)
+    assert len(tokens[0]) == 3
+    assert tokens[1] == tokens[0]
     with pytest.raises(openai.BadRequestError, match="echo"):
         client.completions.create(model="tiny", prompt="Mia", echo=True)
 

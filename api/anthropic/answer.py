@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import orjson
-from pydantic_core import from_json
 
 from fastchat_q.errors import InvalidRequestError
 from fastchat_q.events import Delta, End, Event, Result
+from fastchat_q.jobs import call_arguments
 
 from ..counts import told
 from ..render import View
@@ -26,7 +26,7 @@ def message(view: View, events: Sequence[Event], end: End) -> dict[str, Any]:
     content = collected(said + blocks.close())
     for block in content:
         if block["type"] == "tool_use":
-            block["input"] = _input(block["input"])
+            block["input"] = call_arguments(block["input"])
     return _message(view, end.result) | {"content": content, **_stop(view, end)}
 
 
@@ -153,15 +153,6 @@ def _stop(view: View, end: End) -> dict[str, Any]:
     if finish == "length" and tokens is not None and tokens < view.extra.get("max_tokens", 0):
         reason = "model_context_window_exceeded"
     return {"stop_reason": reason, "stop_sequence": stop}
-
-
-def _input(arguments: str) -> dict[str, Any]:
-    """The input of a call; of one that was cut off, as much as is there."""
-    try:
-        found = from_json(arguments or "{}", allow_partial=True)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _event(at: EventId, said: Said) -> bytes:

@@ -1,10 +1,12 @@
 """From a job to prompt ids: what a template gets, what a client cannot forge, and where a start token goes."""
 
 import copy
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fastchat_q.workers.engines.forwarding import anthropic, gemini, openai_request
 from fastchat_q.workers.engines.processing.rendering import Renderer, give_template, stop_ids, token_limit
 from fastchat_q.workers.families import Choice, choose
 from tokenizers.processors import TemplateProcessing
@@ -65,15 +67,28 @@ def test_reasoning_of_earlier_answers_reaches_the_template(tokenizer: PreTrained
     assert render(tokenizer, "{{ messages[1].reasoning_content }}", USER, thought) == "7 + 5"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"), [("{", "are not JSON"), ("[1]", "not a JSON object"), (7, "not a JSON object")]
-)
-def test_a_call_with_bad_arguments_is_the_client_s_error(
-    tokenizer: PreTrainedTokenizerBase, arguments: object, said: str
+CUT = [
+    ("", {}), ("{", {}), ('{"a": 7, "b": "', {"a": 7}), ('{"a": 7, "b": tr', {"a": 7}), ('{"a": [1, 2', {"a": [1, 2]}),
+    ("add 7", {}), ("[1]", {}), ('{"a": NaN}', {}), ("[" * 100_000, {}),
+]  # fmt: skip
+"""What a model may have written as the arguments of a call, and what is whole of it."""
+
+
+@pytest.mark.parametrize(("arguments", "whole"), CUT)
+def test_a_call_that_was_cut_off_is_taken_as_far_as_it_is_whole(
+    tokenizer: PreTrainedTokenizerBase, arguments: str, whole: dict[str, Any]
 ) -> None:
-    call = {"function": {"name": "add", "arguments": arguments}}
-    with pytest.raises(InvalidRequestError, match=said):
-        render(tokenizer, None, USER, Message(role="assistant", tool_calls=(call,)))
+    call = {"id": "c1", "function": {"name": "add", "arguments": arguments}}
+    message = Message(role="assistant", tool_calls=(call,))
+    template = "{{ messages[1].tool_calls[0].function.arguments | tojson }}"
+    assert json.loads(render(tokenizer, template, USER, message)) == whole
+    (sent,) = openai_request.message_object(message, {})["tool_calls"]
+    assert json.loads(sent["function"]["arguments"]) == whole
+    (used,) = next(iter(anthropic._turns([message], {})))["content"]
+    assert used["input"] == whole
+    (part,) = gemini._parts(message, {})
+    assert part.function_call is not None
+    assert part.function_call.args == whole
 
 
 def test_a_call_without_a_name_is_the_client_s_error(tokenizer: PreTrainedTokenizerBase) -> None:

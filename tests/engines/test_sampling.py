@@ -409,12 +409,6 @@ def test_min_tokens_keeps_every_end_away_until_then() -> None:
     assert pick(logits, rows) == [3, 1]
 
 
-def test_stop_token_ids_beyond_the_vocabulary_are_no_harm() -> None:
-    logits = random_logits(1, 10)
-    one = row(language(10), temperature=0, min_tokens=5, stop_token_ids=(10, 99_999_999, -1))
-    assert pick(logits, [one]) == logits.argmax(-1).tolist()
-
-
 def with_logprobs(logits: torch.Tensor, rows: list[Sequence]) -> list[Picked]:
     return Sampler(TokenTexts(NamedTokens())).pick(logits.clone(), rows)
 

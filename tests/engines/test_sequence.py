@@ -79,11 +79,14 @@ def test_a_stop_token_ends_without_being_shown_and_counts(speaks: Language, toke
     assert outputs[-1].pieces[0].ids == (tokens[2],)
 
 
-def test_a_bias_on_a_token_that_the_model_has_not_is_refused(speaks: Language) -> None:
+def test_a_bias_or_a_stop_on_a_token_that_the_model_has_not_is_refused(speaks: Language) -> None:
     for token in (-1, speaks.vocabulary):
         with pytest.raises(InvalidRequestError, match=f"token {token}") as refused:
             row(speaks, logit_bias={5: 1.0, token: 1.0})
         assert refused.value.param == "logit_bias"
+        with pytest.raises(InvalidRequestError, match=f"token {token}") as refused:
+            row(speaks, stop_token_ids=(5, token))
+        assert refused.value.param == "stop_token_ids"
 
 
 def test_pieces_carry_choice_and_logprobs(speaks: Language, tokenizer: PreTrainedTokenizerBase) -> None:

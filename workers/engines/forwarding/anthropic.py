@@ -15,7 +15,7 @@ from anthropic.types import RawContentBlockDeltaEvent, RawContentBlockStartEvent
 
 from fastchat_q.errors import ConfigurationError, InvalidRequestError
 from fastchat_q.events import FinishReason, Piece, ToolCallDelta, Usage
-from fastchat_q.jobs import CONTINUE, Feature, Job, Message, Sampling
+from fastchat_q.jobs import CONTINUE, Feature, Job, Message, Sampling, call_arguments
 from fastchat_q.registry import ModelCard
 
 from ..async_engine import Give
@@ -280,7 +280,7 @@ def _tool_use(call: dict[str, Any]) -> dict[str, Any]:
         "type": "tool_use",
         "id": call["id"],
         "name": function["name"],
-        "input": orjson.loads(function.get("arguments") or "{}"),
+        "input": call_arguments(function.get("arguments") or ""),
     }
 
 

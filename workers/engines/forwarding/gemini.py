@@ -15,7 +15,7 @@ from google.genai import errors, types
 
 from fastchat_q.errors import ConfigurationError, InvalidRequestError
 from fastchat_q.events import Alternative, FinishReason, Piece, TokenLogprob, ToolCallDelta, Usage
-from fastchat_q.jobs import Feature, Job, Message
+from fastchat_q.jobs import Feature, Job, Message, call_arguments
 from fastchat_q.registry import ModelCard
 
 from ..async_engine import Give
@@ -291,7 +291,7 @@ def _parts(message: Message, blobs: Blobs) -> Iterable[types.Part]:
     elif message.content:
         yield types.Part(text=message.content)
     for call in message.tool_calls:
-        arguments = orjson.loads(call["function"].get("arguments") or "{}")
+        arguments = call_arguments(call["function"].get("arguments") or "")
         yield types.Part(function_call=types.FunctionCall(name=call["function"]["name"], args=arguments))
 
 

@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletionChunk
 from openai.types.chat.chat_completion_chunk import Choice, ChoiceDeltaToolCall
 
 from fastchat_q.errors import ConfigurationError, JobFailedError
-from fastchat_q.events import Alternative, FinishReason, Piece, TokenLogprob, ToolCallDelta, Usage
+from fastchat_q.events import SPELT, Alternative, FinishReason, Piece, TokenLogprob, ToolCallDelta, Usage, spelt
 from fastchat_q.jobs import CONTINUE, Feature, Job
 from fastchat_q.registry import ModelCard
 
@@ -98,7 +98,7 @@ class OpenAIEngine(RemoteEngine):
         return reader.ended(done)
 
     async def _complete(self, job: Job, give: Give) -> Ended:
-        reader = TextReader(len(job.inputs) * job.sampling.n, job.echo, give)
+        reader = TextReader(len(job.inputs), job.sampling.n, job.echo, give)
         stream = await self._client.post(
             "/completions",
             body=completion_body(job, self.upstream.model, self.dialect),
@@ -215,22 +215,31 @@ class TextReader:
     """Chunks of completions, as pieces.
 
     Args:
-        choices: how many there are, of all prompts.
+        n: choices of each prompt.
         echo: each begins with its prompt.
     """
 
-    def __init__(self, choices: int, echo: bool, give: Give) -> None:
-        self._choices = choices
-        self._to_echo = set(range(choices)) if echo else set()
+    def __init__(self, prompts: int, n: int, echo: bool, give: Give) -> None:
+        self._n = n
+        self._choices = prompts * n
+        self._to_echo = set(range(self._choices)) if echo else set()
         self._give = give
         self._usage: Usage | None = None
+        self._usages: dict[int, Usage] = {}
+        """Of single choices: llama.cpp never tells that of all."""
         self._chunks = 0
         self._reasons: dict[int, FinishReason] = {}
 
-    def take(self, chunk: Completion) -> None:
-        """Reads one chunk."""
+    def take(self, chunk: Completion | None) -> None:
+        """Reads one chunk; None: what llama.cpp begins with when there are several prompts."""
+        if chunk is None:
+            return
         if chunk.usage is not None:
-            self._usage = Usage(chunk.usage.prompt_tokens or 0, chunk.usage.completion_tokens or 0)
+            found = Usage(chunk.usage.prompt_tokens or 0, chunk.usage.completion_tokens or 0)
+            if chunk.choices:
+                self._usages |= {choice.index: found for choice in chunk.choices}
+            else:
+                self._usage = found
         for choice in chunk.choices or ():
             finish = None if choice.finish_reason is None else finish_reason(choice.finish_reason)
             if finish is not None:
@@ -257,7 +266,14 @@ class TextReader:
         """
         if len(self._reasons) < self._choices:
             raise BrokenOffError("The upstream server ended the answer without a finish reason.")
-        return Ended(self._usage or Usage(0, self._chunks), self._reasons[0])
+        return Ended(self._usage or self._sum() or Usage(0, self._chunks), self._reasons[0])
+
+    def _sum(self) -> Usage | None:
+        """The usage of all choices from that of each; a prompt counts once."""
+        if not self._usages:
+            return None
+        prompts = {index // self._n: usage.prompt_tokens for index, usage in self._usages.items()}
+        return Usage(sum(prompts.values()), sum(usage.completion_tokens for usage in self._usages.values()))
 
 
 def _old_logprobs(found: Any) -> Iterable[TokenLogprob]:
@@ -266,8 +282,12 @@ def _old_logprobs(found: Any) -> Iterable[TokenLogprob]:
         return
     if content := getattr(found, "content", None):
         for one in content:
-            top = [Alternative(UNKNOWN_ID, other["token"], other["logprob"]) for other in one.get("top_logprobs", ())]
-            yield TokenLogprob(UNKNOWN_ID, one["token"], one["logprob"], tuple(top))
+            top = [
+                Alternative(other.get("id", UNKNOWN_ID), _text(other["token"], other.get("bytes")), other["logprob"])
+                for other in one.get("top_logprobs", ())
+            ]
+            token = _text(one["token"], one.get("bytes"))
+            yield TokenLogprob(one.get("id", UNKNOWN_ID), token, one["logprob"], tuple(top))
         return
     tokens, values = found.tokens or (), found.token_logprobs or ()
     tops = found.top_logprobs or [None] * len(tokens)
@@ -325,8 +345,16 @@ def call_deltas(calls: Iterable[ChoiceDeltaToolCall]) -> tuple[ToolCallDelta, ..
 
 def _logprobs(choice: Choice) -> Iterable[TokenLogprob]:
     for one in (choice.logprobs.content if choice.logprobs else None) or ():
-        top = tuple(Alternative(_id(other), other.token, other.logprob) for other in one.top_logprobs or ())
-        yield TokenLogprob(_id(one), one.token, one.logprob, top)
+        top = tuple(
+            Alternative(_id(other), _text(other.token, other.bytes), other.logprob) for other in one.top_logprobs or ()
+        )
+        yield TokenLogprob(_id(one), _text(one.token, one.bytes), one.logprob, top)
+
+
+def _text(token: str, raw: list[int] | None) -> str:
+    """Of a part of a character its bytes, where the server tells them."""
+    told = spelt(bytes(raw)) if raw else token
+    return told if told.startswith(SPELT) else token
 
 
 def _id(token: object) -> int:

@@ -1,6 +1,8 @@
 """A job as the body of a request, in the dialect of the server that gets it."""
 
 import base64
+import contextlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +10,7 @@ import orjson
 
 from fastchat_q.errors import InvalidRequestError
 from fastchat_q.images import KINDS, media_type
-from fastchat_q.jobs import CONTINUE, Guide, Job, Message, Sampling
+from fastchat_q.jobs import CONTINUE, Guide, Job, Message, Sampling, call_arguments
 
 from .dialects import Dialect
 from .refusals import refuse, unsupported
@@ -196,8 +198,17 @@ def message_object(message: Message, blobs: Blobs) -> dict[str, Any]:
         if getattr(message, name) is not None:
             found[name] = getattr(message, name)
     if message.tool_calls:
-        found["tool_calls"] = list(message.tool_calls)
+        found["tool_calls"] = [_whole(call) for call in message.tool_calls]
     return found
+
+
+def _whole(call: dict[str, Any]) -> dict[str, Any]:
+    """A call; of one that was cut off what is whole, as most servers refuse arguments that are no JSON object."""
+    arguments = call["function"].get("arguments") or ""
+    with contextlib.suppress(orjson.JSONDecodeError):
+        if isinstance(orjson.loads(arguments), dict):
+            return call
+    return {**call, "function": {**call["function"], "arguments": json.dumps(call_arguments(arguments))}}
 
 
 def image(blob: str, blobs: Blobs) -> tuple[str, bytes]:

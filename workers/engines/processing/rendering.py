@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastchat_q.abilities import NO_TEMPLATE
 from fastchat_q.errors import ContextLengthError, InvalidRequestError
-from fastchat_q.jobs import CONTINUE, Job, Message, Sampling
+from fastchat_q.jobs import CONTINUE, Job, Message, Sampling, call_arguments
 
 from .vision import Sight, images
 
@@ -322,17 +322,7 @@ def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
     arguments = function.get("arguments") if isinstance(function, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise InvalidRequestError("A tool call in a message has no function with a name.", param="messages")
-    try:
-        made = json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
-    except json.JSONDecodeError as error:
-        raise InvalidRequestError(
-            f"The arguments of a call of {function['name']!r} are not JSON: {error}", param="messages"
-        ) from error
-    if not isinstance(made, dict):
-        raise InvalidRequestError(
-            f"The arguments of a call of {function['name']!r} are not a JSON object.", param="messages"
-        )
-    return {**call, "function": {**function, "arguments": made}}
+    return {**call, "function": {**function, "arguments": call_arguments(arguments or "")}}
 
 
 def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:

@@ -77,13 +77,14 @@ class Sequence:
         if self.variant < 0:
             self.variant = self.choice
         self.eos_ids = frozenset() if sampling.ignore_eos else language.eos_ids
-        self.eos_ids |= {token for token in sampling.stop_token_ids if 0 <= token < language.vocabulary}
-        for token in sampling.logit_bias:
-            if not 0 <= token < language.vocabulary:
-                raise InvalidRequestError(
-                    f"logit_bias names token {token}, but this model's tokens go from 0 to {language.vocabulary - 1}.",
-                    param="logit_bias",
-                )
+        self.eos_ids |= set(sampling.stop_token_ids)
+        for param in ("stop_token_ids", "logit_bias"):
+            for token in getattr(sampling, param):
+                if not 0 <= token < language.vocabulary:
+                    raise InvalidRequestError(
+                        f"{param} names token {token}, but this model's tokens go from 0 to {language.vocabulary - 1}.",
+                        param=param,
+                    )
         self.detokenizer = Detokenizer(language.decode, self.before)
         self.stop = StopMatcher(sampling.stop if sampling.ignore_eos else (*sampling.stop, *language.stop))
         self.edits = Edits.of(sampling, self.prompt)

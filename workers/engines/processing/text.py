@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastchat_q.events import spelt
+
 REPLACEMENT = "\ufffd"
 MAX_HELD_TOKENS = 8
 """An incomplete character has at most 4 bytes; a longer run of undecodable bytes is shown as it is."""
@@ -95,7 +97,7 @@ class StopMatcher:
 class TokenTexts:
     """What each token of a transformers tokenizer decodes to by itself.
 
-    With its leading space, which ``decode`` drops, and U+FFFD for bytes that make no character.
+    With its leading space, which ``decode`` drops, and bytes that make no character by themselves spelt out.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -114,9 +116,9 @@ class TokenTexts:
 
     def _text(self, token: str) -> str:
         if self._bytes is not None and all(letter in self._bytes for letter in token):
-            return bytes(self._bytes[letter] for letter in token).decode(errors="replace")
+            return spelt(bytes(self._bytes[letter] for letter in token))
         if self._bytes is None and len(token) == 6 and token.startswith("<0x"):
-            return bytes([int(token[3:5], 16)]).decode(errors="replace")
+            return spelt(bytes([int(token[3:5], 16)]))
         return token.replace("\u2581", " ") if self._bytes is None else token
 
 
