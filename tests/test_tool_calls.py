@@ -40,6 +40,15 @@ def ask(client: openai.OpenAI, messages: str | list[Any], *, stream: bool, **fie
     return collected(create(messages=messages, stream=True, **fields))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fields", [{"max_tokens": 2}, {"max_tokens": 10}, {"stop": ['"']}, {"stop": ["name"]}])
+def test_a_call_that_is_cut_off_is_never_content(tiny_stack: Stack, stream: bool, fields: dict[str, Any]) -> None:
+    with tiny_stack.client() as client:
+        text, _, reason = ask(client, WEATHER, stream=stream, tool_choice="required", **fields)
+    assert text == ""
+    assert reason in ("length", "stop")
+
+
 def collected(chunks: Any) -> Said:
     """The same of a stream."""
     text, calls, reason, ids = "", [], "", []

@@ -36,6 +36,11 @@ ENDLESS: dict[str, Any] = {
     "object": {"type": "object"},
     "pattern": closed(a={"type": "string", "pattern": "^[0-9a-f]+-[xyz]+$"}),
     "formats": closed(e={"type": "string", "format": "email"}, u={"type": "string", "format": "uri"}),
+    "required": closed(**{f"f{number}": {"type": "string"} for number in range(40)}),
+    "search": {"type": "string", "pattern": "foo"},
+    "ends": closed(a={"type": "string", "pattern": "^a.*z$"}, b={"type": "string", "pattern": "^(x.*foo|y.*bar)$"}),
+    "escapes": {"type": "string", "pattern": r'"x\\y"'},
+    "classes": {"type": "string", "pattern": r"(foo|bar)\d{3}@[^a-z]+\.com$"},
     "least": closed(a={"type": "string", "minLength": 15}, b={"type": "array", "items": NAME, "minItems": 3}),
 }
 
@@ -81,7 +86,10 @@ def said(tiny: Loaded, guides: Guides, schema: Any, limit: int, seed: int, begun
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_model_that_says_anything_ends_within_its_limit(tiny: Loaded, guides: Guides, name: str) -> None:
     schema = ENDLESS[name]
-    for seed, limit in enumerate((120, 200, 301, 500)):
+    shortest = len(way(guides, schema) or ())
+    for seed, limit in enumerate((shortest, shortest + 3, 120, 200, 301, 500)):
+        if limit < shortest:
+            continue
         *ids, end = said(tiny, guides, schema, limit, seed, [])
         assert end in tiny.eos_ids, (name, limit)
         jsonschema.Draft202012Validator(schema).validate(json.loads(tiny.tokenizer.decode(ids)))
@@ -92,6 +100,15 @@ def test_an_answer_that_is_resumed_takes_the_same_course(tiny: Loaded, guides: G
     assert len(whole) > 100
     for cut in range(1, len(whole), LEAST // 2):
         assert said(tiny, guides, ENDLESS["nodes"], 300, 7, whole[:cut]) == whole
+
+
+def test_an_end_that_was_not_found_at_first_is_found_later(tiny: Loaded, guides: Guides) -> None:
+    schema = {"type": "string", "minLength": 3000}
+    assert way(guides, schema) is None
+    begun = tiny.tokenizer.encode('"' + "ab" * 1450, add_special_tokens=False)
+    *ids, end = said(tiny, guides, schema, len(begun) + 400, 1, begun)
+    assert end in tiny.eos_ids
+    assert len(json.loads(tiny.tokenizer.decode(ids))) >= 3000
 
 
 def test_where_no_end_fits_the_model_goes_on_as_it_likes(tiny: Loaded, guides: Guides) -> None:

@@ -393,16 +393,21 @@ EXAMPLES = {
         'Write <tool_call>{"nome": 1}</tool_call> there.',
         'Write <tool_call>{"nome": 1}</tool_call> there.',
     ),
-    "a mark that is left alone": Example("hermes", None, "a <tool_call>", "a <tool_call>"),
+    "a mark that is left alone": Example("hermes", None, "a <tool_call>", "a"),
     "reasoning that is cut off": Example("hermes", "qwen3", "<think>\nso", "", "so"),
 }
 
 
 def said(
-    written: Format, pieces: Iterable[str], is_open: bool | None = None, single: bool = False, flush: bool = True
+    written: Format,
+    pieces: Iterable[str],
+    is_open: bool | None = None,
+    single: bool = False,
+    flush: bool = True,
+    forced: bool = False,
 ) -> Said:
     """Feeds an answer and collects what comes out."""
-    parser = Answer(written, FUNCTIONS, is_open, lambda call, name: f"call_{call}", single)
+    parser = Answer(written, FUNCTIONS, is_open, lambda call, name: f"call_{call}", single, forced)
     text = reasoning = ""
     calls: list[list[str]] = []
     ids: list[str | None] = []

@@ -70,6 +70,26 @@ def test_arguments_are_streamed_while_they_are_written() -> None:
     assert said(format_of("hermes", None), [begun], flush=False).calls == [("get_weather", '{"city": "Ro')]
 
 
+@each
+def test_a_call_that_is_cut_off_is_a_part_of_a_call_or_nothing_but_no_text(example: Example) -> None:
+    written = format_for(example)
+    if written.calls is None or example.text or not example.calls:
+        return
+    for end in range(len(example.raw)):
+        part = said(written, [example.raw[:end]], example.is_open, forced=True)
+        assert part.text == ""
+        assert [name for name, _ in part.calls] == [call.name for call in example.calls[: len(part.calls)]]
+
+
+@pytest.mark.parametrize(
+    "end", range(len("<tool_call>"), len('<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'))
+)
+def test_a_call_that_the_model_chose_to_begin_is_no_text_either(end: int) -> None:
+    raw = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    part = said(format_of("hermes", None), list("So: " + raw[:end]))
+    assert part.text == "So:"
+
+
 def test_every_format_has_an_example() -> None:
     tried = {(example.calls_by, example.reasoning_by) for example in EXAMPLES.values()}
     calls, reasoning = {one for one, _ in tried}, {one for _, one in tried}

@@ -136,6 +136,7 @@ class Answer:
         is_open: see `Format.is_open`.
         call_id: makes the id of a call from its number and name.
         single: the answer is over with its first call.
+        forced: a grammar lets the model write nothing but calls and reasoning.
     """
 
     def __init__(
@@ -145,10 +146,11 @@ class Answer:
         is_open: bool | None,
         call_id: Callable[[int, str], str],
         single: bool = False,
+        forced: bool = False,
     ) -> None:
         self._format, self._is_open = written, is_open
         self._functions = {function.name: function for function in functions}
-        self._reader = Reader(call_id, single)
+        self._reader = Reader(call_id, single, forced)
         self._steps = self._read()
 
     def feed(self, text: str) -> Parts:
@@ -210,5 +212,8 @@ class Answer:
         try:
             yield from form.read(self._reader, mark, self._functions)
         except NotACall:
+            if mark and self._reader.cut:  # a call that was begun is no text
+                self._reader.decided()
+                self._reader.turn()
             self._reader.no_call()
         self._reader.decided()

@@ -46,7 +46,7 @@ class Form(BaseModel):
             if reader.undecided:
                 raise
         if self.end:
-            found = yield from reader.until((self.end, *self.starts), reader.say)
+            found = yield from reader.until((self.end, *self.starts), reader.say, markup=True)
             if found in self.starts:
                 reader.back(found or "")
 

@@ -43,7 +43,7 @@ class HarmonyForm(Form):
                 yield from _body(reader, reader.say)
                 continue
             if first != MESSAGE and (yield from reader.until((MESSAGE,), head.append)) is None:
-                reader.no_call()
+                reader.decided()  # a head that was cut off is no text
                 return
             yield from self._message(reader, first + "".join(head), with_calls)
 

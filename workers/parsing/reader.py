@@ -32,13 +32,14 @@ class Reader:
     Args:
         call_id: makes the id of a call from its number and name.
         single: the answer is over with its first call.
+        forced: there is nothing but calls and reasoning; what is neither is a call that was cut off.
     """
 
-    def __init__(self, call_id: Callable[[int, str], str], single: bool) -> None:
+    def __init__(self, call_id: Callable[[int, str], str], single: bool, forced: bool = False) -> None:
         self.unread = ""
         self.ended = False
         self.over = False
-        self._call_id, self._single = call_id, single
+        self._call_id, self._single, self._forced = call_id, single, forced
         self._taken: list[str] | None = None
         self._parts = Parts()
         self._calls = 0
@@ -104,16 +105,22 @@ class Reader:
             raise NotACall
         return found
 
-    def until(self, marks: tuple[str, ...], show: Show) -> Steps[str | None]:
-        """Shows what comes before a mark, and reads the mark; None: none came."""
+    def until(self, marks: tuple[str, ...], show: Show, *, markup: bool = False) -> Steps[str | None]:
+        """Shows what comes before a mark, and reads the mark; None: none came.
+
+        Args:
+            markup: the beginning of a mark at the end of the text is no text either.
+        """
         while True:
             found = [(at, mark) for mark in marks if (at := self.unread.find(mark)) >= 0]
             if found:
                 at, mark = min(found)
                 show(self.take(at))
                 return self.take(len(mark))
-            show(self.take(len(self.unread) - (0 if self.ended else _held(self.unread, marks))))
+            show(self.take(len(self.unread) - (0 if self.ended and not markup else _held(self.unread, marks))))
             if not (yield from self.more()):
+                if markup:
+                    self.take(len(self.unread))
                 return None
 
     def name(self, marks: tuple[str, ...]) -> Steps[tuple[str, str]]:
@@ -150,6 +157,11 @@ class Reader:
         """What was read is a mark, and not shown."""
         self._taken = None
 
+    @property
+    def cut(self) -> bool:
+        """Whether the text ended where more had to come."""
+        return self.ended and not self.unread
+
     def no_call(self) -> None:
         """It was none: what was read for one is content."""
         if self._taken is not None:
@@ -160,7 +172,8 @@ class Reader:
 
     def say(self, text: str) -> None:
         """Content. White space around calls and behind reasoning is none."""
-        self._show("text", text)
+        if not self._forced:
+            self._show("text", text)
 
     def think(self, text: str) -> None:
         """Reasoning, without the white space around it."""

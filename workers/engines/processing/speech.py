@@ -60,7 +60,8 @@ class Speech:
         if not functions and (thinking is None or (is_open is False and not getattr(thinking, "drop", ()))):
             return None
         single = not job.parallel_tool_calls or job.tool_choice.startswith("function:")
-        return Answer(self._format, functions, is_open, self._ids(job.id, choice), single)
+        forced = bool(functions) and _forced(job)
+        return Answer(self._format, functions, is_open, self._ids(job.id, choice), single, forced)
 
     def sampling(self, job: Job, is_open: bool | None) -> Sampling:
         """The job's, with the grammar of a call that must come, and with what else may come where it is constrained.
@@ -70,7 +71,7 @@ class Speech:
         """
         sampling, functions = job.sampling, self._functions(job)
         named = job.tool_choice.removeprefix("function:") if job.tool_choice.startswith("function:") else None
-        if functions and (named or job.tool_choice == "required"):
+        if functions and _forced(job):
             allowed = [function for function in functions if named in (None, function.name)]
             many = job.parallel_tool_calls and named is None
             grammar = self._format.grammar(allowed, many, is_open, self._tokens)
@@ -107,6 +108,11 @@ class Speech:
             return "".join(ID_LETTERS[byte % len(ID_LETTERS)] for byte in digest.digest()[:9])
 
         return call_id
+
+
+def _forced(job: Job) -> bool:
+    """Whether a call must come."""
+    return job.tool_choice == "required" or job.tool_choice.startswith("function:")
 
 
 def written_by(options: LoadOptions, chat: Choice | None) -> Format:

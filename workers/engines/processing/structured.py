@@ -67,7 +67,9 @@ class Compiled(NamedTuple):
     matcher: LLMatcher
     took_s: float
     closing: Closing | None
-    """Of JSON that can end soon: how an answer is brought to its end within its limit."""
+    """Of JSON: how an answer is brought to its end within its limit."""
+    least: list[int] | None
+    """The shortest answer that is known."""
 
 
 class Guides:
@@ -125,8 +127,12 @@ class Guides:
         if matcher.is_error():
             raise _refusal(guide, matcher.get_error())
         took_s = time.thread_time() - began
-        ends = guide.kind in JSON_KINDS and self._closing.way(matcher, LONGEST) is not None
-        return Compiled(matcher, took_s, self._closing if ends else None)
+        closing = (
+            self._closing.of(_parsed(guide) if guide.kind == "json_schema" else {})
+            if guide.kind in JSON_KINDS
+            else None
+        )
+        return Compiled(matcher, took_s, closing, closing.way(matcher, LONGEST) if closing else None)
 
 
 class Guided:
@@ -159,7 +165,7 @@ class Guided:
             compiled = self._compiled.result()
             self._matcher = compiled.matcher.deep_copy()
             if compiled.closing is not None:
-                self._budget = Budget(compiled.closing, self._limit, len(self._guide.value))
+                self._budget = Budget(compiled.closing, self._limit, len(self._guide.value), compiled.least)
         for number, token in enumerate(ids[self._consumed :], self._consumed + 1):
             self._matcher.consume_token(token)
             if self._budget is not None:
