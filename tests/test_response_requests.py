@@ -116,8 +116,19 @@ def job(stack: Stack, **fields: Any) -> dict[str, Any]:
         ),
         ({"background": True, "store": False}, "background"),
         ({"stream_options": {"include_obfuscation": False}}, None),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"min_tokens": 6, "max_output_tokens": 5}, "min_tokens"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"stop": ["a"] * 5}, "stop"),
+        (
+            {"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}},
+            "structured_outputs",
+        ),
         ({"metadata": {str(number): "" for number in range(17)}}, "metadata"),
         ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"metadata": {"x" * 65: ""}}, "metadata." + "x" * 65),
+        ({"metadata": {"x": "x" * 513}}, "metadata.x"),
         ({"service_tier": "gold"}, "service_tier"),
         ({"stream": "yes"}, "stream"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
@@ -176,6 +187,11 @@ def test_each_parameter_reaches_the_worker(scripted_stack: Stack) -> None:
         min_p=0.1,
         repetition_penalty=1.5,
         ignore_eos=True,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={"7": -100},
+        min_tokens=2,
+        stop_token_ids=[9],
         tools=[F, G],
         tool_choice={"type": "function", "name": "g"},
         parallel_tool_calls=False,
@@ -201,6 +217,11 @@ def test_each_parameter_reaches_the_worker(scripted_stack: Stack) -> None:
         "seeded": True,
         "stop": ["x"],
         "ignore_eos": True,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "logit_bias": {"7": -100},
+        "min_tokens": 2,
+        "stop_token_ids": [9],
         "logprobs": 3,
     }
     assert [tool["function"]["name"] for tool in given["tools"]] == ["f", "g"]
@@ -217,6 +238,13 @@ def test_tools_that_are_not_allowed_are_not_shown_to_the_model(scripted_stack: S
     shown = ask(scripted_stack, tools=[F, G], tool_choice=allowed).json()
     assert shown["tool_choice"] == allowed
     assert [tool["name"] for tool in shown["tools"]] == ["f", "g"]
+
+
+def test_structured_outputs_of_other_kinds_than_json_reach_the_worker(scripted_stack: Stack) -> None:
+    guide = job(scripted_stack, structured_outputs={"regex": "[ab]+"}, text={"format": {"type": "text"}})["sampling"][
+        "guide"
+    ]
+    assert guide == {"kind": "regex", "value": "[ab]+"}
 
 
 def test_include_alone_asks_for_log_probabilities(scripted_stack: Stack) -> None:
