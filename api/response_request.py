@@ -64,6 +64,7 @@ Include = Literal["message.output_text.logprobs", "message.input_image.image_url
 """What else OpenAI lists is of tools that run on the server, of which there are none."""
 SPELT = {
     "logprobs": "include",
+    "max_tokens": "max_output_tokens",
     "messages": "input",
     "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",

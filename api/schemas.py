@@ -132,7 +132,8 @@ class ChatRequest(TextRequest):
 
     def spelt(self) -> Mapping[str, str]:
         """Parameters that have other names here than in a job."""
-        return {} if self.structured_outputs is None else {"response_format": "structured_outputs"}
+        limit = {} if self.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+        return limit if self.structured_outputs is None else {**limit, "response_format": "structured_outputs"}
 
     def to_job(self, images: Images) -> Job:
         """One frozen job with a new id. An absent seed is drawn here, so that a resumed job draws the same tokens.
