@@ -1,12 +1,15 @@
 """A parsed request as the line of all endpoints takes it: the job, and how its answer is to look."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic import BaseModel
 
 from fastchat_q.jobs import Job
 
+from .guard import INLINE_BYTES
 from .media import Images
 from .render import View
 
@@ -31,3 +34,13 @@ class Asked:
     """Parameters that have another name in the request than in the job."""
     images: Images | None = None
     """Of the job; those that it names by URL are fetched when nothing else can refuse it."""
+
+
+async def off_the_loop_if_large(size: int, function: Callable[..., Asked], *args: Any) -> Asked:
+    """What ``function(*args)`` says a request asks for; the images of a large one are decoded on another thread.
+
+    Other streams must not wait for that.
+    """
+    if size <= INLINE_BYTES:
+        return function(*args)
+    return await asyncio.to_thread(function, *args)

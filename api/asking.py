@@ -43,7 +43,7 @@ async def answer(request: Request, asked: Asked) -> Response:
     key_digest = idempotency[0] if idempotency else ""
     name = job.model
     model = await resolve(service.catalog, service.queue, caller.tenant, name, job.id, key_digest)
-    job, view = job.model_copy(update={"model": model}), replace(view, slug=slug(model))
+    job, view = job.model_copy(update={"model": model}), replace(view, slug=slug(model), spelt=asked.spelt)
     known = idempotency is not None and await service.queue.is_known(job.model, caller.tenant, idempotency[0])
     if not known:  # an answer that is there needs no worker
         card = await admit(service.catalog, caller, job.model, job.lane, asked=name)
@@ -75,7 +75,7 @@ async def answer(request: Request, asked: Asked) -> Response:
         patience_s = 0.0 if asked.background else service.settings.queue_comment_after_s
         first = await unless(disconnected(request), events.take(patience_s))
         if first and isinstance(first[-1], End):
-            raise_if_failed(first[-1])  # still a status of its own: no byte is out
+            raise_if_failed(first[-1], view)  # still a status of its own: no byte is out
         chunks = sse(events, first, answers.writer(view))
         response = JobStreamResponse(events, leave, chunks, headers, service.settings.drain_s, answers.ping(view))
         handed_over = True
@@ -92,7 +92,7 @@ async def answer(request: Request, asked: Asked) -> Response:
 async def _whole(request: Request, events: JobStream, view: render.View) -> dict[str, Any]:
     """The answer, when it is there."""
     received, end = await unless(disconnected(request), events.collect())
-    raise_if_failed(end)
+    raise_if_failed(end, view)
     return answers.whole(view, received, end)
 
 

@@ -196,7 +196,7 @@ def as_batch_job(what: Asked, batch_id: str, number: int, model: str) -> tuple[J
     """The same as a job of the batch lane, under the line's own id."""
     name = job_id(batch_id, number)
     job = what.job.model_copy(update={"id": name, "model": model, "lane": "lo"})
-    return job, replace(what.view, job_id=name, lane="lo")
+    return job, replace(what.view, job_id=name, lane="lo", spelt=what.spelt)
 
 
 def request_id(batch_id: str, number: int) -> str:

@@ -293,7 +293,7 @@ class Run:
         if end.state != "dead":  # those an operator may want to look into
             self._answered.append((flight.model, job_id))
         answered_by = keys.public_job_id(flight.model, job_id)
-        error = end.error()
+        error = flight.view.failure(end)
         if end.state == "expired":
             self._expired(number, flight.custom_id)
         elif error is not None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
-from pydantic import Field, StringConstraints
+from pydantic import Field
 
 from fastchat_q.batches import Manifest, new_batch_id
 from fastchat_q.errors import InvalidRequestError, StorageUnavailableError, TooManyBatchesError, UnknownFileError
@@ -16,7 +16,7 @@ from fastchat_q.storage import MissingObjectError
 
 from .auth import caller_of, check_scope
 from .endpoints import ENDPOINTS
-from .fields import Strict
+from .fields import Metadata, Strict
 from .render import to_json
 from .service import Service, service_of, tenant_of
 
@@ -25,11 +25,7 @@ router = APIRouter(tags=["batches"])
 WINDOW = re.compile(r"([1-9][0-9]{0,5})([smhd])")
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 MAX_WINDOW_S = 30 * 86400
-MAX_METADATA = 16
 MIN_EXPIRY_S, MAX_EXPIRY_S = 3600, 30 * 86400
-
-MetadataKey = Annotated[str, StringConstraints(max_length=64)]
-MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 
 
 class OutputExpiresAfter(Strict):
@@ -46,7 +42,7 @@ class BatchRequest(Strict):
     endpoint: str = Field(max_length=64)
     completion_window: str = Field(max_length=16)
     """``24h``. Extension: any number of s, m, h or d, to 30 days."""
-    metadata: dict[MetadataKey, MetadataValue] | None = Field(default=None, max_length=MAX_METADATA)
+    metadata: Metadata | None = None
     output_expires_after: OutputExpiresAfter | None = None
 
 

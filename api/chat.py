@@ -1,6 +1,5 @@
 """``POST /v1/chat/completions``: parse, ask, render, nothing else."""
 
-import asyncio
 import time
 
 from fastapi import APIRouter, Request
@@ -8,16 +7,13 @@ from fastapi.responses import Response
 
 from fastchat_q.settings import Settings
 
-from .asked import Asked
+from .asked import Asked, off_the_loop_if_large
 from .asking import answer
 from .guard import check_rest
 from .media import Images
 from .render import View
 from .schemas import ChatRequest
 from .service import service_of
-
-INLINE_BYTES = 256 * 1024
-"""The images of a larger request are decoded on another thread: other streams must not wait for that."""
 
 router = APIRouter(tags=["chat"])
 
@@ -31,10 +27,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     """Queues the request as a job and answers with what a worker makes of it."""
     settings = service_of(request).settings
     size = len(await request.body())
-    found = (
-        asked(body, settings, size) if size <= INLINE_BYTES else await asyncio.to_thread(asked, body, settings, size)
-    )
-    return await answer(request, found)
+    return await answer(request, await off_the_loop_if_large(size, asked, body, settings, size))
 
 
 def asked(body: ChatRequest, settings: Settings, size: int) -> Asked:

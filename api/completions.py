@@ -11,27 +11,17 @@ from pydantic import BeforeValidator, Field, model_validator
 from ulid import ULID
 
 from fastchat_q.errors import InvalidRequestError
-from fastchat_q.jobs import MAX_CHOICES, Job
+from fastchat_q.jobs import MAX_CHOICES, Guide, Job
 from fastchat_q.settings import Settings
 
 from .asked import Asked
 from .asking import answer
 from .embeddings import Inputs, inputs
-from .fields import Strict, Text, field_error, without_neutral
-from .formats import ResponseFormat, StructuredOutputs
+from .fields import field_error, without_neutral
+from .formats import ResponseFormat
+from .parameters import TextRequest, UsageStreamOptions, sampling_of
 from .render import View
-from .schemas import (
-    INSTEAD,
-    LANES,
-    MAX_STOP,
-    MAX_STOP_TOKENS,
-    MAX_TOKEN_ID,
-    StopText,
-    StreamOptions,
-    TokenBiases,
-    TokenId,
-    sampling_of,
-)
+from .schemas import INSTEAD
 from .service import service_of
 
 DEFAULT_MAX_TOKENS = 16
@@ -63,10 +53,9 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
 router = APIRouter(tags=["completions"])
 
 
-class CompletionRequest(Strict):
+class CompletionRequest(TextRequest):
     """The body of ``POST /v1/completions``."""
 
-    model: str = Field(min_length=1, max_length=256)
     prompt: Annotated[
         Inputs,
         BeforeValidator(
@@ -80,29 +69,11 @@ class CompletionRequest(Strict):
     """So many answers are made for each prompt, and the ``n`` likeliest are shown. Not with ``stream``."""
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    temperature: float | None = Field(default=None, ge=0.0, le=2.0)
-    top_p: float | None = Field(default=None, ge=0.0, le=1.0)
-    presence_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
-    frequency_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
-    logit_bias: TokenBiases | None = None
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP)] | None = None
-    user: Text | None = None
-    add_special_tokens: bool = True
-    """Extension, as in vLLM: the tokenizer puts its special tokens, mostly one at the start, around texts."""
-    top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKEN_ID)
-    """Extension, as are those that follow; as in chats."""
-    min_p: float | None = Field(default=None, ge=0.0, le=1.0)
-    repetition_penalty: float | None = Field(default=None, gt=0.0, le=10.0)
-    min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
-    ignore_eos: bool = False
+    stream_options: UsageStreamOptions | None = None
+    add_special_tokens: bool | None = None
+    """Extension, as in vLLM; absent: the tokenizer puts its special tokens, mostly one at the start, around texts."""
     response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    service_tier: Literal["auto", "default", "flex", "priority", "scale", "fast"] | None = None
-    on_disconnect: Literal["cancel", "continue"] = "cancel"
+    on_disconnect: Literal["cancel", "continue"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -119,12 +90,12 @@ class CompletionRequest(Strict):
             raise field_error("best_of", f"It is less than the {self.shown} of 'n'", self.best_of)
         if self.stream and self.made > self.shown:
             raise field_error("best_of", "The best of several cannot be streamed", self.best_of)
-        if (self.min_tokens or 0) > self.limit:
-            raise field_error("min_tokens", f"It is more than the limit of {self.limit} tokens", self.min_tokens)
-        guided = self.response_format is not None and self.response_format.type != "text"
-        if guided and self.structured_outputs is not None:
-            raise field_error("structured_outputs", "'response_format' says already what the answer must look like")
+        self.check_min_tokens(self.limit)
+        self._guide()
         return self
+
+    def _guide(self) -> Guide | None:
+        return self.guide("response_format", self.response_format)
 
     @property
     def limit(self) -> int:
@@ -153,15 +124,16 @@ class CompletionRequest(Strict):
             id=str(ULID()),
             model=self.model,
             kind="completion",
-            lane=LANES.get(self.service_tier, "hi"),
+            lane=self.lane,
             inputs=self.prompt,
             sampling=sampling_of(
                 self,
                 max_tokens=self.limit,
                 n=self.made,
                 logprobs=0 if ranks and self.logprobs is None else self.logprobs,
+                guide=self._guide(),
             ),
-            special_tokens=None if self.add_special_tokens else False,
+            special_tokens=False if self.add_special_tokens is False else None,
             echo=bool(self.echo),
         )
 

@@ -16,8 +16,8 @@ from fastchat_q.settings import Settings
 from .asked import Asked
 from .asking import answer
 from .fields import Strict, Text
+from .parameters import LANES, MAX_TOKEN_ID, TokenId
 from .render import View
-from .schemas import LANES, MAX_TOKEN_ID, TokenId
 from .service import service_of
 from .vectors import check_count
 

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 """Of functions and schemas, as OpenAI has them."""
+MAX_METADATA = 16
 MAX_JSON_DEPTH = 64
 """Of objects that are passed on as they are, such as schemas."""
 
@@ -35,6 +36,15 @@ def _is_unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_is_unicode)]
+Metadata = Annotated[
+    dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]], Field(max_length=MAX_METADATA)
+]
+"""What clients note with a request, in OpenAI's limits."""
+
+
+def list_or_text(value: Any) -> str:
+    """The tag of one of two: an error is then of the one that was meant, and names its limits."""
+    return "LIST" if isinstance(value, list | tuple) else "TEXT"
 
 
 def _can_be_passed_on(value: dict[str, Any]) -> dict[str, Any]:

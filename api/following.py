@@ -62,7 +62,7 @@ async def follow(
         writer = answers.writer(view, after)
         first = await stream.take(service.settings.queue_comment_after_s)
         if first and isinstance(first[0], End) and first[0].reason == INVALID_EVENT_ID:
-            raise_if_failed(first[0])
+            raise_if_failed(first[0], view)
     except BaseException:
         leave()
         raise

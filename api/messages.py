@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from fastchat_q.jobs import Message, Part, Role
 
-from .fields import JsonObject, Strict, Text, field_error, without_neutral
+from .fields import JsonObject, Strict, Text, field_error, list_or_text, without_neutral
 from .media import Images
 
 ROLES: dict[str, Role] = {
@@ -81,11 +81,17 @@ class ToolCall(Strict):
     function: Annotated[CalledFunction, BeforeValidator(_without("parsed_arguments", "provider_specific_fields"))]
 
 
+Content = Annotated[
+    Annotated[Text, Tag("TEXT")] | Annotated[list[ContentPart], Field(min_length=1), Tag("LIST")],
+    Discriminator(list_or_text),
+]
+
+
 class ChatMessage(Strict):
     """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[ContentPart], Field(min_length=1)] | None = None
+    content: Content | None = None
     name: Text | None = None
     tool_calls: list[Annotated[ToolCall, BeforeValidator(_without("index", "provider_specific_fields"))]] | None = None
     """Of an assistant."""

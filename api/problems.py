@@ -131,8 +131,8 @@ def invalid_request(detail: Mapping[str, Any]) -> InvalidRequestError:
     return InvalidRequestError(f"Invalid value for '{path}': {detail['msg']}{given}.", param=path, code="invalid_value")
 
 
-BRANCHES = ("constrained-", "dict[", "function-", "list[", "literal[", "nullable[", "tagged-union[")
-"""How pydantic spells branches of unions, beside "str" and the names of classes; they are not part of a path."""
+BRANCHES = ("[key]", "constrained-", "dict[", "function-", "list[", "literal[", "nullable[", "tagged-union[")
+"""How pydantic spells branches of unions and names of fields, beside "str" and names of classes; no part of a path."""
 
 
 PLACES = ("body", "query", "path", "header")

@@ -3,12 +3,13 @@
 That is for plain tokens; what is more (choices, tool calls, reasoning, log probabilities) goes through ``parts``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import orjson
 
+from fastchat_q.errors import FastchatQError
 from fastchat_q.events import Delta, End, Event, Piece, Result, merged
 from fastchat_q.jobs import Lane
 from fastchat_q.versions import known_fields
@@ -53,6 +54,8 @@ class View:
     """How many choices there are; of embeddings: how many inputs."""
     extra: dict[str, Any] = field(default_factory=dict)
     """What its form needs beside the rest; JSON."""
+    spelt: Mapping[str, str] = field(default_factory=dict)
+    """Parameters that have another name in the request than in the job."""
     slug: str = ""
     """Of the queue that the job is in, which is another one than that of ``model`` if this is an alias."""
 
@@ -64,6 +67,13 @@ class View:
     def from_json(cls, raw: bytes) -> Self:
         """The inverse of `to_json`."""
         return cls(**known_fields(cls, orjson.loads(raw)))
+
+    def failure(self, end: End) -> FastchatQError | None:
+        """What a job failed of, in the words of its request; None: it succeeded."""
+        error = end.error()
+        if error is not None:
+            error.respell(self.spelt)
+        return error
 
     @property
     def completion_id(self) -> str:
@@ -143,6 +153,7 @@ class ChunkWriter:
                 "system_fingerprint": None,
             }
         )[:-1]
+        self._view = view
         self._after = after
         self._n = view.n
         self._usage_field = b',"usage":null' if view.include_usage else b""
@@ -180,7 +191,7 @@ class ChunkWriter:
         return b"".join([_event(n, self._chunk(choices)) for n, choices in parts.chunks(delta) if n > after])
 
     def _end(self, end: End) -> bytes:
-        error = end.error()
+        error = self._view.failure(end)
         if error is not None:
             return b"data: %b\n\n" % orjson.dumps(error.body())  # no [DONE] follows: the answer is not whole
         result = end.result

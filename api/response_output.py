@@ -228,13 +228,13 @@ class EventWriter:
         return body + self._end(last) if isinstance(last, End) else body
 
     def _end(self, end: End) -> bytes:
-        error = end.error()
+        error = self._view.failure(end)
         if error is not None and end.ended_ms is None:
             fields = {"code": error.code, "message": error.message, "param": error.param}
             number = max(self.number - 1, 0)
             return _event("error", orjson.dumps({"type": "error", **fields, "sequence_number": number}))
         said, event = _finish(self._output, end)
-        response = _object(self._view, *_ending(self._output, end))
+        response = _object(self._view, *_ending(self._view, self._output, end))
         return self._written([*said, (event, {"response": response})])
 
     def _of_all(self, event: str) -> bytes:
@@ -274,7 +274,7 @@ def whole(view: View, events: Sequence[Event], end: End) -> Fields:
     output = _output_of(view)
     output.feed(event for event in events if isinstance(event, Delta))
     _finish(output, end)
-    return _object(view, *_ending(output, end))
+    return _object(view, *_ending(view, output, end))
 
 
 def state(view: View, record: JobRecord | None, deltas: Sequence[Delta]) -> Fields:
@@ -307,7 +307,7 @@ def _finish(output: Output, end: End) -> tuple[list[Said], str]:
     return said, "response.incomplete" if cut else "response.completed"
 
 
-def _ending(output: Output, end: End) -> tuple[str, list[Item], Fields]:
+def _ending(view: View, output: Output, end: End) -> tuple[str, list[Item], Fields]:
     """Status, items and the fields of a response that has ended."""
     usage = end.result.usage if end.result else None
     fields: Fields = {
@@ -327,7 +327,7 @@ def _ending(output: Output, end: End) -> tuple[str, list[Item], Fields]:
         if cut:
             fields["incomplete_details"] = {"reason": cut}
         return "incomplete" if cut else "completed", output.objects(), fields
-    error = end.error()
+    error = view.failure(end)
     if error is not None and end.state != "cancelled":
         fields["error"] = _error(error)
     return STATUSES.get(end.state, "failed"), output.objects(), fields

@@ -1,6 +1,5 @@
 """OpenAI's request for a response, and the one way from it to a job. What is not honoured is refused by name."""
 
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,28 +7,34 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 import orjson
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 from ulid import ULID
 
 from fastchat_q.errors import InvalidRequestError, RequestTooLargeError
-from fastchat_q.jobs import MAX_TOP_LOGPROBS, Guide, Job, Message, Sampling
+from fastchat_q.jobs import MAX_TOP_LOGPROBS, Guide, Job, Message
 from fastchat_q.settings import Settings
 
 from .asked import Asked
-from .fields import NAME, JsonObject, Strict, Text, field_error, without_neutral
+from .fields import NAME, JsonObject, Metadata, Strict, Text, field_error, list_or_text, without_neutral
 from .guard import check_rest
 from .media import Images
+from .parameters import (
+    MAX_TOOLS,
+    StreamOptions,
+    TemplateArguments,
+    TextRequest,
+    check_tool_choice,
+    sampling_of,
+    template_arguments,
+)
 from .render import View
 from .response_items import InputItem, Item, image_parts, keep_all, to_messages
-from .schemas import LANES, MAX_STOP, MAX_TOKEN_ID, MAX_TOOLS, TEMPLATE_OWN, StopText
 
-MAX_METADATA = 16
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "access_programs": (None,),
     "context_management": (None, []),
     "conversation": (None,),
-    "frequency_penalty": (None, 0),
     "image": (None,),
     "logprobs": (None, False),
     "max_completion_tokens": (None,),
@@ -37,7 +42,6 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "messages": (None,),
     "moderation": (None,),
     "n": (None, 1),
-    "presence_penalty": (None, 0),
     "prompt": (None,),
     "reasoning_effort": (None,),
     "response_format": (None,),
@@ -60,6 +64,7 @@ Include = Literal["message.output_text.logprobs", "message.input_image.image_url
 """What else OpenAI lists is of tools that run on the server, of which there are none."""
 SPELT = {
     "logprobs": "include",
+    "max_tokens": "max_output_tokens",
     "messages": "input",
     "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
@@ -176,13 +181,6 @@ class Reasoning(Strict):
         return without_neutral(data, neutral, {"generate_summary": "summary"})
 
 
-class StreamOptions(Strict):
-    """Options of a streamed response."""
-
-    include_obfuscation: bool | None = None
-    """Nothing is added in any case."""
-
-
 def _no_automatic_truncation(value: Any) -> Any:
     if value == "auto":
         raise PydanticCustomError(
@@ -193,14 +191,15 @@ def _no_automatic_truncation(value: Any) -> Any:
     return value
 
 
-class ResponseRequest(Strict):
+class ResponseRequest(TextRequest):
     """The body of ``POST /v1/responses``."""
 
-    model: str = Field(min_length=1, max_length=256)
-    input: Text | Annotated[list[InputItem], Field(min_length=1)]
+    input: Annotated[
+        Annotated[Text, Tag("TEXT")] | Annotated[list[InputItem], Field(min_length=1), Tag("LIST")],
+        Discriminator(list_or_text),
+    ]
     instructions: Text | None = None
     previous_response_id: Annotated[Text, Field(min_length=1, max_length=256)] | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     background: bool | None = None
     store: bool | None = None
@@ -209,8 +208,6 @@ class ResponseRequest(Strict):
     max_output_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     max_tool_calls: int | None = Field(default=None, ge=1, lt=2**31)
     """Of tools that run on the server: there are none, so that any number is kept to."""
-    temperature: float | None = Field(default=None, ge=0.0, le=2.0)
-    top_p: float | None = Field(default=None, ge=0.0, le=1.0)
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Annotated[
@@ -220,21 +217,13 @@ class ResponseRequest(Strict):
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     truncation: Annotated[Literal["disabled"], BeforeValidator(_no_automatic_truncation)] | None = None
-    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
-    user: Text | None = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
     prompt_cache_retention: Text | None = None
     prompt_cache_options: JsonObject | None = None
-    metadata: Annotated[dict[Text, Text], Field(max_length=MAX_METADATA)] | None = None
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    """Extension, as in chats; so are those that follow."""
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP)] | None = None
-    top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKEN_ID)
-    min_p: float | None = Field(default=None, ge=0.0, le=1.0)
-    repetition_penalty: float | None = Field(default=None, gt=0.0, le=10.0)
-    ignore_eos: bool | None = None
-    chat_template_kwargs: JsonObject | None = None
+    metadata: Metadata | None = None
+    chat_template_kwargs: TemplateArguments | None = None
+    """Extension, as in chats."""
 
     @model_validator(mode="before")
     @classmethod
@@ -247,18 +236,20 @@ class ResponseRequest(Strict):
             raise field_error("background", "What goes on without its client must be stored: it needs 'store': true")
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("stream_options", "'stream_options' is only allowed when 'stream' is true.", {})
-        taken = sorted(TEMPLATE_OWN & (self.chat_template_kwargs or {}).keys())
-        if taken:
-            raise field_error("chat_template_kwargs", f"{taken[0]!r} is the server's to set")
-        names = [tool.name for tool in self.tools or ()]
+        self.check_min_tokens(self.max_output_tokens)
+        self._guide()
         choice = self.tool_choice
-        if choice == "required" and not names:
-            raise field_error("tool_choice", "It is only allowed when 'tools' are specified", choice)
         wanted = [choice] if isinstance(choice, FunctionChoice) else []
-        for one in choice.tools if isinstance(choice, AllowedTools) else wanted:
-            if one.name not in names:
-                raise field_error("tool_choice", "No function of that name is among 'tools'", one.name)
+        chosen = [one.name for one in (choice.tools if isinstance(choice, AllowedTools) else wanted)]
+        check_tool_choice(choice, chosen, [tool.name for tool in self.tools or ()])
         return self
+
+    def _guide(self) -> Guide | None:
+        return self.guide("text.format", self.text.format if self.text else None)
+
+    def spelt(self) -> Mapping[str, str]:
+        """Parameters that have other names here than in a job."""
+        return SPELT if self.structured_outputs is None else {**SPELT, "response_format": "structured_outputs"}
 
     @property
     def stored(self) -> bool:
@@ -282,38 +273,16 @@ class ResponseRequest(Strict):
         return Job(
             id=str(ULID()),
             model=self.model,
-            lane=LANES.get(self.service_tier, "hi"),
+            lane=self.lane,
             messages=(*first, *messages),
-            sampling=self._sampling(),
+            sampling=sampling_of(self, max_tokens=self.max_output_tokens, logprobs=self._logprobs, guide=self._guide()),
             tools=tuple([tool.to_object() for tool in self.tools or () if allowed is None or tool.name in allowed]),
             tool_choice=f"function:{choice.name}" if isinstance(choice, FunctionChoice) else choice or "auto",
             parallel_tool_calls=self.parallel_tool_calls is not False,
-            template_kwargs=self._template_kwargs(),
+            template_kwargs=template_arguments(
+                self.chat_template_kwargs, self.reasoning.effort if self.reasoning else None
+            ),
         )
-
-    def _sampling(self) -> Sampling:
-        wanted = self.text.format if self.text else None
-        asked = {
-            "max_tokens": self.max_output_tokens,
-            "temperature": self.temperature,
-            "top_p": None if self.top_p is None else max(self.top_p, 1e-6),
-            "top_k": None if self.top_k is None else max(self.top_k, 0),
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "seed": secrets.randbits(63) if self.seed is None else self.seed,
-            "seeded": self.seed is not None or None,
-            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            "ignore_eos": self.ignore_eos,
-            "logprobs": self._logprobs,
-            "guide": wanted.to_guide() if wanted else None,
-        }
-        return Sampling.model_validate({name: value for name, value in asked.items() if value is not None})
-
-    def _template_kwargs(self) -> dict[str, Any]:
-        kwargs = dict(self.chat_template_kwargs or {})
-        if self.reasoning is not None and self.reasoning.effort is not None:
-            kwargs["reasoning_effort"] = self.reasoning.effort
-        return kwargs
 
     def echo(self) -> dict[str, Any]:
         """What the response says of its request."""
@@ -404,7 +373,7 @@ def asked(body: ResponseRequest, settings: Settings, size: int, context: Context
         detached=bool(body.background),
         background=bool(body.background),
         keep=body.stored,
-        spelt=SPELT,
+        spelt=body.spelt(),
         images=images,
     )
 

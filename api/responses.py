@@ -1,6 +1,5 @@
 """``/v1/responses``: create, retrieve, stream on, cancel, delete, what went in. A response is a job with its log."""
 
-import asyncio
 import base64
 from dataclasses import replace
 from typing import Annotated, Any, Literal, get_args
@@ -13,9 +12,8 @@ from fastchat_q.errors import InvalidRequestError, JobFailedError
 from fastchat_q.images import media_type
 
 from . import answers, response_request
-from .asked import Asked
+from .asked import Asked, off_the_loop_if_large
 from .asking import answer
-from .chat import INLINE_BYTES
 from .following import LastEventId, StartingAfter, event_id, follow
 from .render import to_json
 from .response_items import Item, image_parts, shown
@@ -59,9 +57,7 @@ async def _asked(body: ResponseRequest, request: Request) -> Asked:
     service = service_of(request)
     size = len(await request.body())
     context = await context_of(service, tenant_of(request), body)
-    if size <= INLINE_BYTES:
-        return asked(body, service.settings, size, context)
-    return await asyncio.to_thread(asked, body, service.settings, size, context)
+    return await off_the_loop_if_large(size, asked, body, service.settings, size, context)
 
 
 def _counted(found: Asked) -> Asked:

@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from fastchat_q.events import End, Event
 
-from .render import Opening, Writer, queue_comment
+from .render import Opening, View, Writer, queue_comment
 from .stream import JobStream
 
 log = structlog.get_logger()
@@ -91,8 +91,8 @@ async def disconnected(request: Request) -> None:
         pass
 
 
-def raise_if_failed(end: End) -> None:
+def raise_if_failed(end: End, view: View) -> None:
     """Raises the error that a job ended with."""
-    error = end.error()
+    error = view.failure(end)
     if error is not None:
         raise error

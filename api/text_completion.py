@@ -138,6 +138,7 @@ class TextWriter:
                 "system_fingerprint": None,
             }
         )[:-1]
+        self._view = view
         self._after = after
         self._n = view.n
         self._include_usage = view.include_usage
@@ -194,7 +195,7 @@ class TextWriter:
         return logprobs([piece], self._places.setdefault(piece.choice, Places()))
 
     def _end(self, end: End) -> bytes:
-        error = end.error()
+        error = self._view.failure(end)
         if error is not None:
             return b"data: %b\n\n" % orjson.dumps(error.body())
         result, closing = end.result, []

@@ -17,12 +17,12 @@ from fastchat_q.settings import Settings
 
 from .asked import Asked
 from .asking import answer
-from .fields import JsonObject, Strict, Text, field_error, without_neutral
+from .fields import Strict, Text, field_error, without_neutral
 from .guard import check_rest
 from .media import Images
 from .messages import ChatMessage
+from .parameters import MAX_TOOLS, TemplateArguments, TokenId
 from .render import Form, View
-from .schemas import MAX_TOOLS, TEMPLATE_OWN, TokenId
 from .service import service_of
 from .tools import Tool
 
@@ -49,7 +49,7 @@ class TokenizeRequest(Strict):
     return_token_strs: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    chat_template_kwargs: JsonObject | None = None
+    chat_template_kwargs: TemplateArguments | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -65,9 +65,6 @@ class TokenizeRequest(Strict):
             raise field_error("messages", "Without messages there is no chat template to follow")
         if self.continue_final_message and self.add_generation_prompt:
             raise field_error("add_generation_prompt", "It must be false where 'continue_final_message' is true", True)
-        taken = sorted(TEMPLATE_OWN & (self.chat_template_kwargs or {}).keys())
-        if taken:
-            raise field_error("chat_template_kwargs", f"{taken[0]!r} is the server's to set")
         return self
 
 

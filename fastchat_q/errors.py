@@ -35,9 +35,13 @@ The shape on the wire is OpenAI's: https://platform.openai.com/docs/guides/error
 """
 
 import math
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
+
+PARAM = re.compile(r"([^.\[]*)(.*)", re.DOTALL)
+"""The name of a parameter, and the path within it."""
 
 
 class FastchatQError(Exception):
@@ -58,6 +62,16 @@ class FastchatQError(Exception):
     def body(self) -> dict[str, Any]:
         """The OpenAI error object."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def respell(self, spelt: Mapping[str, str]) -> None:
+        """Names parameters as the request has them, not as the job: a worker knows only the job."""
+        name, rest = PARAM.fullmatch(self.param or "").groups()  # type: ignore[union-attr]  # it matches anything
+        if name in spelt:
+            self.param = spelt[name] + rest
+            self.message = self.message.replace(f"'{name}'", f"'{spelt[name]}'")
+        if self.code == "context_length_exceeded":  # nothing that a client wrote is in this one
+            for old, new in spelt.items():
+                self.message = re.sub(rf"\b{old}\b", new, self.message)
 
 
 class InvalidRequestError(FastchatQError):

@@ -599,6 +599,7 @@ def test_a_keys_own_limit_and_a_model_without_a_worker_have_errors_of_their_own(
     assert (much.value.type, much.value.error_code) == ("rate_limit_error", "rate_limit_exceeded")
     assert int(much.value.response.headers["retry-after"]) >= 1
     worker.stop()
+    wait_until(lambda: get(stack.port, "/readyz").status == 503, "the API knows")
     with claude(stack) as client, pytest.raises(anthropic.ServiceUnavailableError) as away:
         client.messages.create(**echo())
     assert (away.value.type, away.value.error_code) == ("overloaded_error", "no_worker")

@@ -2,13 +2,15 @@
 
 import base64
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from fastchat_q.api.endpoints import ENDPOINTS
+from fastchat_q.workers.engines.processing.rendering import token_limit
 
-from fastchat_q.errors import InvalidRequestError
-from fastchat_q.events import Piece
+from fastchat_q.errors import ContextLengthError, InvalidRequestError
+from fastchat_q.events import End, Piece, Result
 from fastchat_q.settings import Settings
 
 from .http_client import get, post
@@ -116,8 +118,19 @@ def job(stack: Stack, **fields: Any) -> dict[str, Any]:
         ),
         ({"background": True, "store": False}, "background"),
         ({"stream_options": {"include_obfuscation": False}}, None),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"min_tokens": 6, "max_output_tokens": 5}, "min_tokens"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"stop": ["a"] * 5}, "stop"),
+        (
+            {"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}},
+            "structured_outputs",
+        ),
         ({"metadata": {str(number): "" for number in range(17)}}, "metadata"),
         ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"metadata": {"x" * 65: ""}}, "metadata." + "x" * 65),
+        ({"metadata": {"x": "x" * 513}}, "metadata.x"),
         ({"service_tier": "gold"}, "service_tier"),
         ({"stream": "yes"}, "stream"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
@@ -176,6 +189,11 @@ def test_each_parameter_reaches_the_worker(scripted_stack: Stack) -> None:
         min_p=0.1,
         repetition_penalty=1.5,
         ignore_eos=True,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={"7": -100},
+        min_tokens=2,
+        stop_token_ids=[9],
         tools=[F, G],
         tool_choice={"type": "function", "name": "g"},
         parallel_tool_calls=False,
@@ -201,6 +219,11 @@ def test_each_parameter_reaches_the_worker(scripted_stack: Stack) -> None:
         "seeded": True,
         "stop": ["x"],
         "ignore_eos": True,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "logit_bias": {"7": -100},
+        "min_tokens": 2,
+        "stop_token_ids": [9],
         "logprobs": 3,
     }
     assert [tool["function"]["name"] for tool in given["tools"]] == ["f", "g"]
@@ -217,6 +240,66 @@ def test_tools_that_are_not_allowed_are_not_shown_to_the_model(scripted_stack: S
     shown = ask(scripted_stack, tools=[F, G], tool_choice=allowed).json()
     assert shown["tool_choice"] == allowed
     assert [tool["name"] for tool in shown["tools"]] == ["f", "g"]
+
+
+def test_structured_outputs_of_other_kinds_than_json_reach_the_worker(scripted_stack: Stack) -> None:
+    guide = job(scripted_stack, structured_outputs={"regex": "[ab]+"}, text={"format": {"type": "text"}})["sampling"][
+        "guide"
+    ]
+    assert guide == {"kind": "regex", "value": "[ab]+"}
+
+
+def test_an_error_of_a_worker_names_the_parameter_as_the_request_has_it(scripted_stack: Stack) -> None:
+    reply = ask(scripted_stack, input="no script")
+    assert (reply.status, reply.error()["param"]) == (400, "input")
+    failed = ask(scripted_stack, input="no script", background=True).json()
+    while failed["status"] in ("queued", "in_progress"):
+        failed = get(scripted_stack.port, f"{PATH}/{failed['id']}").json()
+    assert failed["error"]["param"] == "input"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "way_out"),
+    [
+        (PATH, {"input": "x"}, "input", "Shorten the input or lower max_output_tokens."),
+        ("/v1/chat/completions", {"messages": [USER]}, "messages", "Shorten the messages or lower max_tokens."),
+        (
+            "/v1/chat/completions",
+            {"messages": [USER], "max_completion_tokens": 9},
+            "messages",
+            "Shorten the messages or lower max_completion_tokens.",
+        ),
+    ],
+)
+def test_a_prompt_that_is_too_long_is_told_in_the_words_of_its_request(
+    path: str, fields: dict[str, Any], param: str, way_out: str
+) -> None:
+    asked = ENDPOINTS[path].parse({"model": "m", **fields}, Settings(), 100)
+    with pytest.raises(ContextLengthError) as raised:
+        token_limit(10, 20, asked.job.sampling)
+    end = End(0, "failed", "", Result.from_error(raised.value))
+    error = replace(asked.view, spelt=asked.spelt).failure(end)
+    assert error is not None
+    assert (error.param, error.code) == (param, "context_length_exceeded")
+    assert error.message.endswith(way_out)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (PATH, {"input": "x", "text": {"format": {"type": "json_schema", "name": "n", "schema": {}}}}, "text.format"),
+        (PATH, {"input": "x", "structured_outputs": {"json": {}}}, "structured_outputs"),
+        ("/v1/completions", {"prompt": "x", "structured_outputs": {"json": {}}}, "structured_outputs"),
+    ],
+)
+def test_a_schema_that_a_worker_refuses_is_named_as_the_request_has_it(
+    path: str, fields: dict[str, Any], param: str
+) -> None:
+    asked = ENDPOINTS[path].parse({"model": "m", **fields}, Settings(), 100)
+    refused = InvalidRequestError("The JSON schema cannot be used.", param="response_format", code="invalid_schema")
+    error = replace(asked.view, spelt=asked.spelt).failure(End(0, "failed", "", Result.from_error(refused)))
+    assert error is not None
+    assert error.param == param
 
 
 def test_include_alone_asks_for_log_probabilities(scripted_stack: Stack) -> None:

@@ -82,7 +82,7 @@ class MessageWriter:
         """What one event makes that its client lacks; an error if it has what this job never said."""
         if isinstance(event, Delta):
             made, n = self._blocks.events(event), event.n
-        elif (error := event.error()) is not None:
+        elif (error := self._view.failure(event)) is not None:
             return [_named("error", body_of(error))]
         else:
             made, n = self._closing(event), event.n + 1

@@ -1,6 +1,5 @@
 """Anthropic's message request, and the one way from it to a job. What is not honoured is refused by name."""
 
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -8,14 +7,14 @@ import orjson
 from pydantic import BeforeValidator, Field, model_validator
 from ulid import ULID
 
-from fastchat_q.jobs import CONTINUE, Guide, Job, Message, Sampling
+from fastchat_q.jobs import CONTINUE, Guide, Job, Message
 
 from ..fields import JsonObject, Strict, Text, field_error, without_neutral
 from ..media import Images
+from ..parameters import StopText, sampling_of
 from .content import CacheControl, InputMessage, SystemBlock, system_text, turns
 
 MAX_STOP = 64
-MAX_STOP_LENGTH = 1024
 MAX_TOOLS = 1024
 TOOL_NAME = r"^[a-zA-Z0-9_-]{1,128}$"
 MIN_BUDGET = 1024
@@ -42,8 +41,6 @@ TOOL_NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "defer_loading": (None, False),
     "input_examples": (None, []),
 }
-
-StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 class Tool(Strict):
@@ -268,15 +265,11 @@ class MessageRequest(Prompt):
 
     def to_job(self, images: Images) -> Job:
         """One frozen job with a new id, and a seed drawn here, so that a resumed job draws the same tokens."""
-        asked = {
-            "max_tokens": self.max_tokens,
-            "clip": True,
-            "temperature": self.temperature,
-            "top_p": None if self.top_p is None else max(self.top_p, 1e-6),
-            "top_k": self.top_k,
-            "seed": secrets.randbits(63),
-            "stop": tuple(self.stop_sequences or ()),
-            "guide": self.format.to_guide() if self.format is not None else None,
-        }
-        sampling = Sampling.model_validate({name: value for name, value in asked.items() if value is not None})
+        sampling = sampling_of(
+            self,
+            max_tokens=self.max_tokens,
+            clip=True,
+            stop=tuple(self.stop_sequences or ()),
+            guide=self.format.to_guide() if self.format is not None else None,
+        )
         return super().to_job(images).model_copy(update={"sampling": sampling})

@@ -1,6 +1,5 @@
 """``POST /v1/messages``: parse, ask, render, nothing else."""
 
-import asyncio
 import time
 
 from fastapi import APIRouter, Request
@@ -8,9 +7,8 @@ from fastapi.responses import Response
 
 from fastchat_q.settings import Settings
 
-from ..asked import Asked
+from ..asked import Asked, off_the_loop_if_large
 from ..asking import answer
-from ..chat import INLINE_BYTES
 from ..guard import check_rest
 from ..media import Images
 from ..render import View
@@ -29,10 +27,7 @@ async def create_message(body: MessageRequest, request: Request) -> Response:
     """Queues the request as a job and answers with what a worker makes of it, as Anthropic's Messages API does."""
     settings = service_of(request).settings
     size = len(await request.body())
-    found = (
-        asked(body, settings, size) if size <= INLINE_BYTES else await asyncio.to_thread(asked, body, settings, size)
-    )
-    return await answer(request, found)
+    return await answer(request, await off_the_loop_if_large(size, asked, body, settings, size))
 
 
 def asked(body: MessageRequest, settings: Settings, size: int) -> Asked:

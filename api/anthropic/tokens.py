@@ -1,6 +1,5 @@
 """``POST /v1/messages/count_tokens``: how long the prompt of a message is, by the worker that would answer it."""
 
-import asyncio
 from dataclasses import replace
 
 from fastapi import APIRouter, Request
@@ -8,9 +7,8 @@ from fastapi.responses import Response
 
 from fastchat_q.settings import Settings
 
-from ..asked import Asked
+from ..asked import Asked, off_the_loop_if_large
 from ..asking import answer
-from ..chat import INLINE_BYTES
 from ..guard import check_rest
 from ..media import Images
 from ..service import service_of
@@ -25,10 +23,7 @@ async def count_tokens(body: Prompt, request: Request) -> Response:
     """Answers `input_tokens`: of the very prompt that the same message would have."""
     settings = service_of(request).settings
     size = len(await request.body())
-    found = (
-        asked(body, settings, size) if size <= INLINE_BYTES else await asyncio.to_thread(asked, body, settings, size)
-    )
-    return await answer(request, found)
+    return await answer(request, await off_the_loop_if_large(size, asked, body, settings, size))
 
 
 def asked(body: Prompt, settings: Settings, size: int) -> Asked:

@@ -277,7 +277,10 @@ def _refusing(guide: Guide) -> Iterator[None]:
 def _refusal(guide: Guide, reason: str) -> InvalidRequestError:
     if guide.kind in JSON_KINDS:  # of a grammar that its sender has not written
         reason = IN_A_GRAMMAR.sub("", reason, 1).split("\n")[0]
-    return InvalidRequestError(f"The {_name(guide)} cannot be used: {_first_line(reason)}", param=_param(guide))
+    code = "invalid_schema" if guide.kind in JSON_KINDS or isinstance(guide, Composed) else "invalid_grammar"
+    return InvalidRequestError(
+        f"The {_name(guide)} cannot be used: {_first_line(reason)}", param=_param(guide), code=code
+    )
 
 
 def _name(guide: Guide) -> str:
