@@ -23,8 +23,9 @@ from fastchat_q.jobs import Job
 from fastchat_q.ledger import Ledger, Outcome
 from fastchat_q.loops import AWAY, check_cancelled
 from fastchat_q.queue import Accepted, Queue, Terms
+from fastchat_q.registry import Registry
 from fastchat_q.settings import Settings
-from fastchat_q.storage import AlreadyExistsError
+from fastchat_q.storage import AlreadyExistsError, MissingObjectError
 
 from . import answers
 from .admission import resolve
@@ -38,6 +39,7 @@ from .batch_lines import (
     envelope,
     error_line,
     expired_line,
+    job_id,
     lines_at,
     max_line,
 )
@@ -138,6 +140,7 @@ class Run:
         self._trouble = batch.trouble
         self._stopping = False
         """Nothing goes into the queue any more."""
+        self._input_gone = False
 
     async def run(self, until: float) -> bool:
         """Works until that time (time.monotonic); whether all is done, and the ledger closed.
@@ -145,6 +148,14 @@ class Run:
         Raises:
             SupersededError: another process is further.
         """
+        try:
+            return await self._work(until)
+        except MissingObjectError as error:
+            if str(error) != self._key:
+                raise
+            return await self._give_up()
+
+    async def _work(self, until: float) -> bool:
         await self._look()
         self._again = [line async for line in lines_at(self._batches.storage, self._key, self.batch.head.pending)]
         poll_s = MIN_POLL_S
@@ -416,6 +427,33 @@ class Run:
         await self._commit(self._outcome())
         return True
 
+    async def _give_up(self) -> bool:
+        """The input is gone, and with it what its lines asked for: the batch ends with the answers there are."""
+        log.error("the input of a batch is gone", batch=self._id, file=self.batch.manifest.input_file_id)
+        self._stopping = self._input_gone = True
+        await self._end_orphans()
+        await cancel_jobs(self._redis, self._jobs(), running=True)
+        while self._flights:  # each of them has ended by now
+            check_cancelled()
+            await self._collect()
+        await self._commit("cancelled" if self.batch.cancelling else "failed")
+        return True
+
+    async def _end_orphans(self) -> None:
+        """Ends jobs that an earlier tick enqueued; their models are known from lines that cannot be read any more."""
+        head = self.batch.head
+        numbers: Sequence[int] = [number for number, _, _ in head.pending]
+        following, models = head.line, await Registry(self._redis).known_models()
+        while True:
+            names = {job_id(self._id, number) for number in numbers} - self._flights.keys()
+            pairs = [(model, name) for model in models for name in names]
+            there = await existing(self._redis, pairs)
+            jobs = {name: model for (model, name), is_there in zip(pairs, there, strict=True) if is_there}
+            await cancel_jobs(self._redis, jobs, running=True)
+            if following > head.line and not jobs:
+                return
+            numbers, following = range(following, following + ADOPT_AT_A_TIME), following + ADOPT_AT_A_TIME
+
     async def _adopt(self) -> None:
         """Takes over jobs that an earlier tick enqueued: their answers may be there.
 
@@ -443,7 +481,7 @@ class Run:
 
     def _leave(self, flight: Flight) -> None:
         """A line that nothing was made of."""
-        if self.batch.cancelling is None:
+        if self.batch.cancelling is None and not self._input_gone:
             self._expired(flight.line.number, flight.custom_id)
 
     def _jobs(self) -> dict[str, str]:

@@ -18,6 +18,7 @@ from fastchat_q.ledger import Ledger, Part
 from fastchat_q.loops import AWAY
 from fastchat_q.storage import MissingObjectError
 
+from .batch_lines import no_such_input
 from .batch_run import Run, SupersededError, Tools
 from .batch_validation import Validation
 
@@ -124,6 +125,7 @@ class Driver(Tools):
             failed=head.failed,
             prompt_tokens=head.prompt_tokens,
             completion_tokens=head.completion_tokens,
+            errors=(no_such_input(batch.manifest.input_file_id).to_dict(None),) if head.closed == "failed" else (),
         )
         await self.batches.ended(batch, ended)
         batch = await self.batches.load(batch.manifest.id)

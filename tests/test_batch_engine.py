@@ -17,7 +17,7 @@ from fastchat_q import keys
 from fastchat_q.batches import Batch, Batches, Manifest, new_batch_id
 from fastchat_q.connection import connect
 from fastchat_q.errors import StorageFullError
-from fastchat_q.files import Files
+from fastchat_q.files import Files, object_key
 from fastchat_q.ledger import Ledger
 from fastchat_q.queue import Queue
 from fastchat_q.settings import Settings
@@ -324,6 +324,30 @@ async def test_a_batch_that_is_cancelled_before_it_was_read_ends_without_files(b
     assert batch.ended is not None
     assert batch.state == "cancelled"
     assert (batch.ended.output_file_id, batch.ended.error_file_id) == (None, None)
+
+
+@pytest.mark.parametrize(("cancel", "state"), [(False, "failed"), (True, "cancelled")])
+async def test_a_batch_whose_input_is_gone_ends_with_what_it_has(
+    bench: Bench, worker_stack: Stack, cancel: bool, state: str
+) -> None:
+    batch_id = await bench.create(jsonl(line(n, "a b c", model="slow") for n in range(300)))
+    while not (before := await bench.batches.load(batch_id)).head.completed:
+        await bench.driver().advance(batch_id, 0.5)
+    assert worker_stack.live("slow"), "jobs that no process knows of any more"
+    await bench.storage.delete([object_key(before.manifest.input_file_id)])
+    if cancel:
+        await bench.batches.cancel(batch_id, "default")
+    batch = await bench.drive(batch_id, ticks=3)
+    assert batch.ended is not None
+    assert batch.state == state
+    assert len(ids(await bench.content(batch.ended.output_file_id))) == batch.ended.completed > 0
+    assert batch.ended.failed == 0
+    assert worker_stack.live("slow") == 0
+    seen = await bench.batches.get(batch_id, "default")
+    assert seen["request_counts"] == {"total": 300, "completed": batch.ended.completed, "failed": 0}
+    assert [one["code"] for one in (seen["errors"] or {"data": []})["data"]] == ([] if cancel else ["file_not_found"])
+    assert seen[f"{state}_at"] >= seen["in_progress_at"]
+    assert await bench.batches.open_ids() == ()
 
 
 async def test_a_process_that_is_behind_does_not_take_back_what_clients_see(bench: Bench) -> None:
