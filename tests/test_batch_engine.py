@@ -13,7 +13,7 @@ from fastchat_q.api.batch_tick import Driver
 from fastchat_q.api.catalog import Catalog
 from redis.asyncio import Redis
 
-from fastchat_q import keys
+from fastchat_q import keys, operations
 from fastchat_q.batches import Batch, Batches, Manifest, new_batch_id
 from fastchat_q.connection import connect
 from fastchat_q.errors import StorageFullError
@@ -250,6 +250,51 @@ async def test_a_full_storage_is_waited_out_and_clients_see_why(bench: Bench) ->
     batch = await bench.drive(batch_id)
     assert batch.state == "completed"
     assert "trouble" not in await bench.batches.get(batch_id, "default")
+
+
+async def test_a_queue_that_takes_nothing_is_left_alone_and_clients_see_why(bench: Bench, monkeypatch: Any) -> None:
+    tries: list[int] = []
+    enqueue_many = Queue.enqueue_many
+
+    async def counted(self: Queue, jobs: Any) -> Any:
+        tries.append(len(jobs))
+        return await enqueue_many(self, jobs)
+
+    monkeypatch.setattr(Queue, "enqueue_many", counted)
+    batch_id = await bench.create(jsonl(line(n) for n in range(200)))
+    await operations.set_mode(bench.redis, "echo", "draining")
+    try:
+        await bench.driver().advance(batch_id, 3.0)
+        assert "drained" in (await bench.batches.get(batch_id, "default"))["trouble"]
+        assert 2 <= len(tries) <= 5
+    finally:
+        await operations.resume(bench.redis, "echo")
+    batch = await bench.drive(batch_id)
+    assert batch.ended is not None
+    assert (batch.state, batch.ended.completed) == ("completed", 200)
+    assert "trouble" not in await bench.batches.get(batch_id, "default")
+
+
+async def test_a_redis_at_maxmemory_is_waited_out_and_clients_see_why(bench: Bench, monkeypatch: Any) -> None:
+    enqueue_many = Queue.enqueue_many
+
+    async def out_of_memory(self: Queue, jobs: Any) -> Any:
+        await bench.redis.config_set("maxmemory", "1mb")
+        return await enqueue_many(self, jobs)
+
+    batch_id = await bench.create(jsonl(line(n) for n in range(10)))
+    other = await bench.create(jsonl([line(0)]))
+    monkeypatch.setattr(Queue, "enqueue_many", out_of_memory)
+    try:
+        assert await bench.driver().advance(batch_id, 2.0) is not None, "the tick went on"
+        assert await bench.driver().advance(other) is None, "it could not begin"
+        for one in (batch_id, other):
+            assert "maxmemory" in (await bench.batches.get(one, "default"))["trouble"]
+    finally:
+        monkeypatch.undo()
+        await bench.redis.config_set("maxmemory", "0")
+    for one in (batch_id, other):
+        assert (await bench.drive(one)).state == "completed"
 
 
 async def test_what_is_not_done_in_time_is_told_line_by_line(bench: Bench) -> None:
