@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import orjson
 from ulid import ULID
 
-from fastchat_q.errors import FastchatQError, InvalidRequestError
+from fastchat_q.errors import FastchatQError
 from fastchat_q.jobs import Job
 from fastchat_q.settings import Settings
 from fastchat_q.storage import Storage
@@ -50,6 +50,10 @@ class LineError(Exception):
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.code, self.message, self.param = code, message, param
+
+    def to_dict(self, number: int | None) -> dict[str, Any]:
+        """As the batch object shows it, for a line or the whole input."""
+        return {"code": self.code, "line": number, "message": self.message, "param": self.param}
 
 
 def max_line(settings: Settings) -> int:
@@ -226,8 +230,6 @@ def _line(batch_id: str, number: int, custom_id: str, response: Any, error: Any)
     return orjson.dumps(found, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def no_such_input(file_id: str) -> InvalidRequestError:
+def no_such_input(file_id: str) -> LineError:
     """The input file of a batch is gone."""
-    return InvalidRequestError(
-        f"The input file {file_id!r} is not there any more.", param="input_file_id", code="file_not_found"
-    )
+    return LineError("file_not_found", f"The input file {file_id!r} is not there any more.", "input_file_id")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 from redis.asyncio import Redis
+from redis.exceptions import OutOfMemoryError
 
 from fastchat_q import blobs, keys
 from fastchat_q.abilities import check_can_do
@@ -23,8 +24,9 @@ from fastchat_q.jobs import Job
 from fastchat_q.ledger import Ledger, Outcome
 from fastchat_q.loops import AWAY, check_cancelled
 from fastchat_q.queue import Accepted, Queue, Terms
+from fastchat_q.registry import Registry
 from fastchat_q.settings import Settings
-from fastchat_q.storage import AlreadyExistsError
+from fastchat_q.storage import AlreadyExistsError, MissingObjectError
 
 from . import answers
 from .admission import resolve
@@ -38,11 +40,13 @@ from .batch_lines import (
     envelope,
     error_line,
     expired_line,
+    job_id,
     lines_at,
     max_line,
 )
 from .catalog import Catalog
 from .limits import Limits
+from .media import Images
 from .remote_images import Fetcher
 from .render import View
 
@@ -57,6 +61,11 @@ COMMIT_PART = 60
 of the batch later on, so that one which takes a day has thousands of segments, not a hundred thousand. Until then the
 answers are in the queue, which loses them no sooner than anything else."""
 ENQUEUE_AT_A_TIME = 64
+FETCH_AT_A_TIME = 16
+"""Lines with images from elsewhere that are prepared side by side."""
+REFUSED_S = 1.0
+"""A queue that took nothing is left alone for so long."""
+NO_MEMORY = "Redis is full (maxmemory): it takes nothing new until jobs have ended, or it is given more."
 ADOPT_AT_A_TIME = 256
 LOOK_S = 1.0
 """Lease, cancellation and the share of the window are looked at this often."""
@@ -93,6 +102,8 @@ class Prepared:
     flight: Flight
     job: Job
     terms: Terms
+    images: Images | None
+    """Not yet fetched, nor stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +149,8 @@ class Run:
         self._trouble = batch.trouble
         self._stopping = False
         """Nothing goes into the queue any more."""
+        self._input_gone = False
+        self._refused_until = 0.0
 
     async def run(self, until: float) -> bool:
         """Works until that time (time.monotonic); whether all is done, and the ledger closed.
@@ -145,6 +158,14 @@ class Run:
         Raises:
             SupersededError: another process is further.
         """
+        try:
+            return await self._work(until)
+        except MissingObjectError as error:
+            if str(error) != self._key:
+                raise
+            return await self._give_up()
+
+    async def _work(self, until: float) -> bool:
         await self._look()
         self._again = [line async for line in lines_at(self._batches.storage, self._key, self.batch.head.pending)]
         poll_s = MIN_POLL_S
@@ -184,6 +205,7 @@ class Run:
         num_open = max(len(await self._batches.open_ids()), 1)
         self._window = max(self._settings.batch_window // num_open, 1)
         self._window_bytes = self._settings.batch_window_bytes // num_open
+        self.batch = replace(self.batch, trouble=self._trouble)
         if not await self._batches.show(self.batch):
             await self._reload()
 
@@ -197,27 +219,29 @@ class Run:
     # What goes into the queue
 
     async def _fill(self) -> int:
-        """Enqueues further lines, as far as the window goes; returns how many."""
+        """Enqueues further lines, as far as the window goes; returns how many were taken, or answered at once."""
+        if time.monotonic() < self._refused_until:
+            return 0
         prepared: list[Prepared] = []
-        count = min(self._window - len(self._flights), ENQUEUE_AT_A_TIME)
-        for done in range(count):
+        num_answered = num_to_fetch = 0
+        room = min(self._window - len(self._flights), ENQUEUE_AT_A_TIME)
+        while len(prepared) + num_answered < room and num_to_fetch < FETCH_AT_A_TIME:
             if self._bytes >= self._window_bytes and (self._flights or prepared):
-                count = done
                 break
             line = self._again.pop() if self._again else await self._lines.next()
             if line is None:
-                count = done
                 break
             self._bytes += line.size
             one = await self._prepared(line)
-            if one is not None:
+            if one is None:
+                num_answered += 1
+            else:
                 prepared.append(one)
-        if prepared:
-            await self._enqueue(prepared)
-        return max(count, 0)
+                num_to_fetch += bool(one.images and one.images.named)
+        return num_answered + (await self._enqueue(prepared) if prepared else 0)
 
     async def _prepared(self, line: RawLine) -> Prepared | None:
-        """The job of a line; None: the line is answered with an error at once."""
+        """The job of a line, its images apart; None: the line is answered with an error at once."""
         found = envelope(line, self._endpoint)
         try:
             what = asked(line, found, self._endpoint, self._settings)
@@ -229,10 +253,6 @@ class Run:
             card = self._catalog.card(model)
             if card is not None:
                 check_can_do(card, job, what.spelt)
-            if what.images is not None and not self._stopping:
-                if self._fetcher is not None:
-                    job = await what.images.fetch(job, self._fetcher)
-                await blobs.store(self._redis, model, what.images.blobs, BLOB_TTL_S)
         except FastchatQError as error:
             self._bytes -= line.size
             self._fail(line.number, found.custom_id, "", error)
@@ -250,21 +270,57 @@ class Run:
             detached=True,
             view=view.to_json(),
         )
-        return Prepared(line, Flight(line._replace(raw=b""), found.custom_id, model, view), job, terms)
+        return Prepared(line, Flight(line._replace(raw=b""), found.custom_id, model, view), job, terms, what.images)
 
-    async def _enqueue(self, prepared: Sequence[Prepared]) -> None:
-        outcomes = await self._queue.enqueue_many([(one.job, one.terms) for one in prepared])
-        refused = ""
-        for one, outcome in zip(prepared, outcomes, strict=True):
+    async def _enqueue(self, prepared: Sequence[Prepared]) -> int:
+        """Returns how many lines the queue took, or are answered by now; the others are to be tried again."""
+        ready, refused = await self._with_images(prepared)
+        try:
+            outcomes: Sequence[Accepted | FastchatQError] = (
+                await self._queue.enqueue_many([(one.job, one.terms) for one in ready]) if ready else ()
+            )
+        except OutOfMemoryError:  # those that were accepted find their jobs the next time
+            refused, ready, outcomes = [*refused, *ready], [], ()
+        self._trouble = NO_MEMORY if refused else ""
+        for one, outcome in zip(ready, outcomes, strict=True):
             if isinstance(outcome, Accepted):
                 self._flights[one.job.id] = one.flight
             else:
-                self._again.append(one.line)
+                refused.append(one)
+                self._trouble = outcome.message
+        for one in refused:
+            self._again.append(one.line)
+            self._bytes -= one.line.size
+        if len(refused) == len(prepared):
+            self._refused_until = time.monotonic() + REFUSED_S
+        return len(prepared) - len(refused)
+
+    async def _with_images(self, prepared: Sequence[Prepared]) -> tuple[list[Prepared], list[Prepared]]:
+        """Lines whose images are where workers find them, and those for whose images Redis has no room."""
+        ready, refused = [one for one in prepared if one.images is None], []
+        some = [one for one in prepared if one.images is not None]
+        for one, found in zip(
+            some, await asyncio.gather(*map(self._store_images, some), return_exceptions=True), strict=True
+        ):
+            if isinstance(found, OutOfMemoryError):
+                refused.append(one)
+            elif isinstance(found, FastchatQError):
                 self._bytes -= one.line.size
-                refused = outcome.message
-        self._trouble = refused
-        if refused:
-            await asyncio.sleep(MIN_POLL_S)
+                self._fail(one.line.number, one.flight.custom_id, "", found)
+            elif isinstance(found, BaseException):
+                raise found
+            else:
+                ready.append(replace(one, job=found))
+        return ready, refused
+
+    async def _store_images(self, one: Prepared) -> Job:
+        """Fetches and stores a line's images; returns its job with their digests."""
+        job, images = one.job, one.images
+        assert images is not None
+        if self._fetcher is not None:
+            job = await images.fetch(job, self._fetcher)
+        await blobs.store(self._redis, job.model, images.blobs, BLOB_TTL_S)
+        return job
 
     # What comes out of it
 
@@ -416,6 +472,33 @@ class Run:
         await self._commit(self._outcome())
         return True
 
+    async def _give_up(self) -> bool:
+        """The input is gone, and with it what its lines asked for: the batch ends with the answers there are."""
+        log.error("the input of a batch is gone", batch=self._id, file=self.batch.manifest.input_file_id)
+        self._stopping = self._input_gone = True
+        await self._end_orphans()
+        await cancel_jobs(self._redis, self._jobs(), running=True)
+        while self._flights:  # each of them has ended by now
+            check_cancelled()
+            await self._collect()
+        await self._commit("cancelled" if self.batch.cancelling else "failed")
+        return True
+
+    async def _end_orphans(self) -> None:
+        """Ends jobs that an earlier tick enqueued; their models are known from lines that cannot be read any more."""
+        head = self.batch.head
+        numbers: Sequence[int] = [number for number, _, _ in head.pending]
+        following, models = head.line, await Registry(self._redis).known_models()
+        while True:
+            names = {job_id(self._id, number) for number in numbers} - self._flights.keys()
+            pairs = [(model, name) for model in models for name in names]
+            there = await existing(self._redis, pairs)
+            jobs = {name: model for (model, name), is_there in zip(pairs, there, strict=True) if is_there}
+            await cancel_jobs(self._redis, jobs, running=True)
+            if following > head.line and not jobs:
+                return
+            numbers, following = range(following, following + ADOPT_AT_A_TIME), following + ADOPT_AT_A_TIME
+
     async def _adopt(self) -> None:
         """Takes over jobs that an earlier tick enqueued: their answers may be there.
 
@@ -443,7 +526,7 @@ class Run:
 
     def _leave(self, flight: Flight) -> None:
         """A line that nothing was made of."""
-        if self.batch.cancelling is None:
+        if self.batch.cancelling is None and not self._input_gone:
             self._expired(flight.line.number, flight.custom_id)
 
     def _jobs(self) -> dict[str, str]:

@@ -10,15 +10,17 @@ from secrets import token_hex
 from typing import Any, TypeVar
 
 import structlog
+from redis.exceptions import OutOfMemoryError, RedisError
 from ulid import ULID
 
 from fastchat_q.batches import LEASE_MS, Batch, Ended
-from fastchat_q.errors import StorageFullError, StorageUnavailableError, UnknownBatchError
+from fastchat_q.errors import FastchatQError, StorageFullError, StorageUnavailableError, UnknownBatchError
 from fastchat_q.ledger import Ledger, Part
 from fastchat_q.loops import AWAY
 from fastchat_q.storage import MissingObjectError
 
-from .batch_run import Run, SupersededError, Tools
+from .batch_lines import no_such_input
+from .batch_run import NO_MEMORY, Run, SupersededError, Tools
 from .batch_validation import Validation
 
 log = structlog.get_logger()
@@ -28,7 +30,7 @@ TICK_S = 15.0
 """Then another tick goes on with the batch."""
 KEEP_S = LEASE_MS / 1000 / 3
 TROUBLE_S = 2.0
-"""A pause when the storage is full or away."""
+"""A pause when the storage is full or away, or Redis."""
 
 
 class Driver(Tools):
@@ -36,6 +38,17 @@ class Driver(Tools):
 
     async def advance(self, batch_id: str, tick_s: float = TICK_S) -> int | None:
         """Drives a batch for a while, if nobody else does; the number of the next tick, or None if none is needed."""
+        try:
+            return await self._tick(batch_id, tick_s)
+        except RedisError as error:
+            log.error("a batch waits for Redis", batch=batch_id, error=str(error))
+            if isinstance(error, OutOfMemoryError):
+                with contextlib.suppress(*AWAY, FastchatQError):
+                    await self.batches.show(replace(await self.batches.load(batch_id), trouble=NO_MEMORY))
+            await asyncio.sleep(TROUBLE_S)
+            return None  # found again within a second
+
+    async def _tick(self, batch_id: str, tick_s: float) -> int | None:
         nonce, until = token_hex(8), time.monotonic() + tick_s
         tick = await self.batches.take(batch_id, nonce)
         if tick is None:
@@ -59,7 +72,7 @@ class Driver(Tools):
                 batch = await self._validated(batch, nonce)
             if batch.is_open and not batch.head.closed:
                 run = Run(self, batch, nonce)
-                if not await run.run(until):
+                if not await self._kept(batch, nonce, run.run(until)):
                     return True
                 batch = run.batch
             if batch.is_open:
@@ -124,6 +137,7 @@ class Driver(Tools):
             failed=head.failed,
             prompt_tokens=head.prompt_tokens,
             completion_tokens=head.completion_tokens,
+            errors=(no_such_input(batch.manifest.input_file_id).to_dict(None),) if head.closed == "failed" else (),
         )
         await self.batches.ended(batch, ended)
         batch = await self.batches.load(batch.manifest.id)

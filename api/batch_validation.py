@@ -10,7 +10,7 @@ from fastchat_q.settings import Settings
 from fastchat_q.storage import MissingObjectError, Storage
 
 from .admission import admit
-from .batch_lines import LineError, Lines, RawLine, envelope, max_line
+from .batch_lines import LineError, Lines, RawLine, envelope, max_line, no_such_input
 from .catalog import Catalog
 
 MAX_ERRORS = 100
@@ -50,7 +50,7 @@ class Validation:
                     since = 0
                     await asyncio.sleep(0)
         except MissingObjectError:
-            self._say(None, LineError("file_not_found", "The input file is not there any more.", "input_file_id"))
+            self._say(None, no_such_input(self._batch.manifest.input_file_id))
         if not total and not self._errors:
             self._say(None, LineError("empty_file", "The input file has no requests."))
         if self._errors:
@@ -98,4 +98,4 @@ class Validation:
         return None
 
     def _say(self, number: int | None, error: LineError) -> None:
-        self._errors.append({"code": error.code, "line": number, "message": error.message, "param": error.param})
+        self._errors.append(error.to_dict(number))

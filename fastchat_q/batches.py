@@ -94,6 +94,8 @@ class Ended:
     failed: int
     prompt_tokens: int
     completion_tokens: int
+    errors: tuple[dict[str, Any], ...] = ()
+    """As those of `Validated`: why it failed with work under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ class Batch:
             return self.ended.state
         if self.validated is not None and self.validated.errors:
             return "failed"
-        if self.head.closed in ("completed", "expired"):
+        if self.head.closed in ("completed", "expired", "failed"):
             return "finalizing"
         if self.cancelling is not None:
             return "cancelling"
@@ -135,7 +137,9 @@ class Batch:
         """OpenAI's batch object. ``trouble`` is there only if there is some."""
         manifest, validated, ended, state = self.manifest, self.validated, self.ended, self.state
         done = ended or self.head
-        errors = list(validated.errors) if validated else []
+        invalid = validated is not None and bool(validated.errors)
+        errors = [*(validated.errors if validated else ()), *(ended.errors if ended else ())]
+        failed_at = validated.at if validated and invalid else ended.at if ended and state == "failed" else None
         closed_at = (ended or self.head).closed_at or None
         found = {
             "id": manifest.id,
@@ -149,16 +153,16 @@ class Batch:
             "output_file_id": ended.output_file_id if ended else None,
             "error_file_id": ended.error_file_id if ended else None,
             "created_at": manifest.created_at,
-            "in_progress_at": validated.at if validated and not errors else None,
+            "in_progress_at": validated.at if validated and not invalid else None,
             "expires_at": manifest.expires_at,
             "finalizing_at": closed_at if state in ("finalizing", "completed") else None,
             "completed_at": ended.at if ended and state == "completed" else None,
-            "failed_at": validated.at if validated and errors else None,
+            "failed_at": failed_at,
             "expired_at": ended.at if ended and state == "expired" else None,
             "cancelling_at": self.cancelling.at if self.cancelling else None,
             "cancelled_at": ended.at if ended and state == "cancelled" else None,
             "request_counts": {
-                "total": validated.total if validated and not errors else 0,
+                "total": validated.total if validated and not invalid else 0,
                 "completed": done.completed,
                 "failed": done.failed,
             },

@@ -19,7 +19,7 @@ HEADER_GUESS = 64 * 1024
 """Bytes that are read of a segment for its header; more if that was not all of it."""
 
 Part = Literal["output", "errors"]
-Outcome = Literal["", "completed", "cancelled", "expired"]
+Outcome = Literal["", "completed", "cancelled", "expired", "failed"]
 Place = tuple[int, int, int]
 """A line of the input: its number, where it begins, and its bytes."""
 

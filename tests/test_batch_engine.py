@@ -13,11 +13,11 @@ from fastchat_q.api.batch_tick import Driver
 from fastchat_q.api.catalog import Catalog
 from redis.asyncio import Redis
 
-from fastchat_q import keys
+from fastchat_q import keys, operations
 from fastchat_q.batches import Batch, Batches, Manifest, new_batch_id
 from fastchat_q.connection import connect
 from fastchat_q.errors import StorageFullError
-from fastchat_q.files import Files
+from fastchat_q.files import Files, object_key
 from fastchat_q.ledger import Ledger
 from fastchat_q.queue import Queue
 from fastchat_q.settings import Settings
@@ -252,6 +252,51 @@ async def test_a_full_storage_is_waited_out_and_clients_see_why(bench: Bench) ->
     assert "trouble" not in await bench.batches.get(batch_id, "default")
 
 
+async def test_a_queue_that_takes_nothing_is_left_alone_and_clients_see_why(bench: Bench, monkeypatch: Any) -> None:
+    tries: list[int] = []
+    enqueue_many = Queue.enqueue_many
+
+    async def counted(self: Queue, jobs: Any) -> Any:
+        tries.append(len(jobs))
+        return await enqueue_many(self, jobs)
+
+    monkeypatch.setattr(Queue, "enqueue_many", counted)
+    batch_id = await bench.create(jsonl(line(n) for n in range(200)))
+    await operations.set_mode(bench.redis, "echo", "draining")
+    try:
+        await bench.driver().advance(batch_id, 3.0)
+        assert "drained" in (await bench.batches.get(batch_id, "default"))["trouble"]
+        assert 2 <= len(tries) <= 5
+    finally:
+        await operations.resume(bench.redis, "echo")
+    batch = await bench.drive(batch_id)
+    assert batch.ended is not None
+    assert (batch.state, batch.ended.completed) == ("completed", 200)
+    assert "trouble" not in await bench.batches.get(batch_id, "default")
+
+
+async def test_a_redis_at_maxmemory_is_waited_out_and_clients_see_why(bench: Bench, monkeypatch: Any) -> None:
+    enqueue_many = Queue.enqueue_many
+
+    async def out_of_memory(self: Queue, jobs: Any) -> Any:
+        await bench.redis.config_set("maxmemory", "1mb")
+        return await enqueue_many(self, jobs)
+
+    batch_id = await bench.create(jsonl(line(n) for n in range(10)))
+    other = await bench.create(jsonl([line(0)]))
+    monkeypatch.setattr(Queue, "enqueue_many", out_of_memory)
+    try:
+        assert await bench.driver().advance(batch_id, 2.0) is not None, "the tick went on"
+        assert await bench.driver().advance(other) is None, "it could not begin"
+        for one in (batch_id, other):
+            assert "maxmemory" in (await bench.batches.get(one, "default"))["trouble"]
+    finally:
+        monkeypatch.undo()
+        await bench.redis.config_set("maxmemory", "0")
+    for one in (batch_id, other):
+        assert (await bench.drive(one)).state == "completed"
+
+
 async def test_what_is_not_done_in_time_is_told_line_by_line(bench: Bench) -> None:
     count = 120
     batch_id = await bench.create(jsonl(line(n, "a b", model="slow") for n in range(count)), expires_in_s=6)
@@ -324,6 +369,30 @@ async def test_a_batch_that_is_cancelled_before_it_was_read_ends_without_files(b
     assert batch.ended is not None
     assert batch.state == "cancelled"
     assert (batch.ended.output_file_id, batch.ended.error_file_id) == (None, None)
+
+
+@pytest.mark.parametrize(("cancel", "state"), [(False, "failed"), (True, "cancelled")])
+async def test_a_batch_whose_input_is_gone_ends_with_what_it_has(
+    bench: Bench, worker_stack: Stack, cancel: bool, state: str
+) -> None:
+    batch_id = await bench.create(jsonl(line(n, "a b c", model="slow") for n in range(300)))
+    while not (before := await bench.batches.load(batch_id)).head.completed:
+        await bench.driver().advance(batch_id, 0.5)
+    assert worker_stack.live("slow"), "jobs that no process knows of any more"
+    await bench.storage.delete([object_key(before.manifest.input_file_id)])
+    if cancel:
+        await bench.batches.cancel(batch_id, "default")
+    batch = await bench.drive(batch_id, ticks=3)
+    assert batch.ended is not None
+    assert batch.state == state
+    assert len(ids(await bench.content(batch.ended.output_file_id))) == batch.ended.completed > 0
+    assert batch.ended.failed == 0
+    assert worker_stack.live("slow") == 0
+    seen = await bench.batches.get(batch_id, "default")
+    assert seen["request_counts"] == {"total": 300, "completed": batch.ended.completed, "failed": 0}
+    assert [one["code"] for one in (seen["errors"] or {"data": []})["data"]] == ([] if cancel else ["file_not_found"])
+    assert seen[f"{state}_at"] >= seen["in_progress_at"]
+    assert await bench.batches.open_ids() == ()
 
 
 async def test_a_process_that_is_behind_does_not_take_back_what_clients_see(bench: Bench) -> None:
