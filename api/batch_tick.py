@@ -84,20 +84,29 @@ class Driver(Tools):
         return True
 
     async def _kept(self, batch: Batch, nonce: str, work: Coroutine[Any, Any, T]) -> T:
-        """Does something that takes its time, and keeps the lease meanwhile."""
+        """Does something that takes its time, and keeps the lease meanwhile; stops it when somebody else has the lease.
+
+        Raises:
+            SupersededError: somebody has.
+        """
 
         async def keep() -> None:
             while True:
                 await asyncio.sleep(KEEP_S)
                 with contextlib.suppress(*AWAY):
-                    await self.batches.keep(batch.manifest.id, nonce)
+                    if not await self.batches.keep(batch.manifest.id, nonce):
+                        raise SupersededError
 
-        keeping = asyncio.create_task(keep())
+        working, keeping = asyncio.create_task(work), asyncio.create_task(keep())
         try:
-            return await work
+            await asyncio.wait((working, keeping), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                await keeping
+            return working.result()
         finally:
+            working.cancel()
             keeping.cancel()
-            await asyncio.gather(keeping, return_exceptions=True)
+            await asyncio.gather(working, keeping, return_exceptions=True)
 
     async def _validated(self, batch: Batch, nonce: str) -> Batch:
         await self.catalog.refresh()

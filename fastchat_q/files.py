@@ -125,7 +125,8 @@ class Files:
 
         Args:
             file_id: of `new_file_id`; the same one again replaces the file, so that a step that is repeated after a
-                crash makes no second one.
+                crash makes no second one. Two processes may do the step at once, so one that fails takes nothing away:
+                it may be the other's. What then has no record goes with the leftovers.
         """
         draft = await self.write(data, file_id)
         try:
@@ -138,7 +139,8 @@ class Files:
                 max_stored_bytes=max_stored_bytes,
             )
         except BaseException:
-            await self.discard(draft)
+            if file_id is None:
+                await self.discard(draft)
             raise
 
     async def write(self, data: bytes | AsyncIterable[bytes], file_id: str | None = None) -> Draft:
@@ -190,18 +192,15 @@ class Files:
             max_stored_bytes: of all files of the tenant; 0: no limit.
 
         Raises:
-            StorageQuotaError: it is too much. Whatever is raised, there is no file, and the draft is still there.
+            StorageQuotaError: it is too much. Whatever is raised, the draft is still there, perhaps with a record:
+                `discard` takes both away.
         """
         created_at = int(ULID.from_str(draft.id.removeprefix("file-")).timestamp)
         expires_at = None if expires_after_s is None else created_at + expires_after_s
         record = FileRecord(draft.id, tenant, draft.bytes, created_at, expires_at, filename, purpose)
         check_quota(await self.stored_bytes(tenant) + draft.bytes, max_stored_bytes)
-        try:
-            await self.storage.put(record_key(record.id), record.to_json())
-            await self._add(record, max_stored_bytes)
-        except BaseException:
-            await self.storage.delete([record_key(record.id)])
-            raise
+        await self.storage.put(record_key(record.id), record.to_json())
+        await self._add(record, max_stored_bytes)
         return record
 
     async def discard(self, draft: Draft) -> None:

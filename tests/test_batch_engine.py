@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastchat_q.api import batch_lines, batch_run
+from fastchat_q.api import batch_lines, batch_run, batch_tick
 from fastchat_q.api.batch_lines import Lines, RawLine, lines_at
 from fastchat_q.api.batch_tick import Driver
 from fastchat_q.api.catalog import Catalog
@@ -205,6 +205,29 @@ async def test_a_lease_keeps_a_second_process_away(bench: Bench) -> None:
     assert await bench.driver().advance(batch_id) is None
     assert await first is not None, "it is not done within a second, and asks for another tick"
     assert not await bench.redis.exists(keys.batch_lease(batch_id))
+    assert (await bench.drive(batch_id)).state == "completed"
+
+
+async def test_who_loses_the_lease_puts_no_files_together(bench: Bench, monkeypatch: Any) -> None:
+    monkeypatch.setattr(batch_tick, "KEEP_S", 0.05)
+    batch_id = await bench.create(jsonl([line(0)]))
+    begun, stopped = asyncio.Event(), asyncio.Event()
+
+    async def slow_create(*_: Any, **__: Any) -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            stopped.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.files, "create", slow_create)
+        driving = asyncio.create_task(bench.driver().advance(batch_id))
+        await asyncio.wait_for(begun.wait(), 20)
+        await bench.redis.set(keys.batch_lease(batch_id), "somebody else")
+        assert await asyncio.wait_for(driving, 5) is None
+    assert stopped.is_set()
+    assert await bench.redis.getdel(keys.batch_lease(batch_id)) == b"somebody else"
     assert (await bench.drive(batch_id)).state == "completed"
 
 
