@@ -15,7 +15,7 @@ from ulid import ULID
 from fastchat_q.batches import LEASE_MS, Batch, Ended
 from fastchat_q.errors import StorageFullError, StorageUnavailableError, UnknownBatchError
 from fastchat_q.ledger import Ledger, Part
-from fastchat_q.loops import AWAY
+from fastchat_q.loops import AWAY, PreemptedError, unless
 from fastchat_q.storage import MissingObjectError
 
 from .batch_run import Run, SupersededError, Tools
@@ -95,18 +95,12 @@ class Driver(Tools):
                 await asyncio.sleep(KEEP_S)
                 with contextlib.suppress(*AWAY):
                     if not await self.batches.keep(batch.manifest.id, nonce):
-                        raise SupersededError
+                        return
 
-        working, keeping = asyncio.create_task(work), asyncio.create_task(keep())
         try:
-            await asyncio.wait((working, keeping), return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                await keeping
-            return working.result()
-        finally:
-            working.cancel()
-            keeping.cancel()
-            await asyncio.gather(working, keeping, return_exceptions=True)
+            return await unless(keep(), work)
+        except PreemptedError as error:
+            raise SupersededError from error
 
     async def _validated(self, batch: Batch, nonce: str) -> Batch:
         await self.catalog.refresh()

@@ -4,7 +4,6 @@ The storage is the truth: a file is there once its record is, and its record com
 made again from it (``upkeep``).
 """
 
-import contextlib
 import re
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
@@ -17,16 +16,15 @@ from redis.asyncio import Redis
 from ulid import ULID
 
 from . import keys, scripts
-from .errors import InvalidRequestError, StorageQuotaError, StorageUnavailableError, UnknownFileError
-from .storage import AlreadyExistsError, MissingObjectError, Storage
+from .errors import InvalidRequestError, StorageQuotaError, UnknownFileError
+from .storage import MissingObjectError, Storage
+from .storage_identity import StorageIdentity
 from .versions import known_fields
 
 log = structlog.get_logger()
 
 BYTES_PREFIX, RECORD_PREFIX = "objects", "records"
 FILE_ID = re.compile(r"file-[0-7][0-9A-HJKMNP-TV-Z]{25}")
-IDENTITY = "storage-id"
-"""An object that tells one storage from another."""
 PAGE = 1000
 """Records that a listing reads at a time."""
 
@@ -108,6 +106,7 @@ class Files:
         self.storage = storage
         self._redis = redis
         self._clock = clock
+        self._identity = StorageIdentity(redis, storage)
         self._claimed = False
 
     async def create(
@@ -150,31 +149,14 @@ class Files:
             StorageUnavailableError: or this process keeps files elsewhere than the others.
         """
         if not self._claimed:
-            with contextlib.suppress(AlreadyExistsError):
-                await self.storage.put(IDENTITY, str(ULID()).encode(), create=True)
-            if not await self.is_ours():
-                raise StorageUnavailableError("The server's storage for files is not set up. Its log says more.")
+            await self._identity.claim()
             self._claimed = True
         file_id = file_id or new_file_id(self._clock())
         return Draft(file_id, await self.storage.put(object_key(file_id), data))
 
     async def is_ours(self) -> bool:
         """Whether the index in Redis is of this storage; False too while no file was ever written."""
-        try:
-            here = await self.storage.get(IDENTITY)
-        except MissingObjectError:
-            here = b""
-        there = await self._redis.get(keys.FILE_STORAGE)
-        if here and there is None:
-            await self._redis.set(keys.FILE_STORAGE, here, nx=True)
-            there = await self._redis.get(keys.FILE_STORAGE)
-        if there is not None and there != here:
-            log.error(
-                "files are kept elsewhere by other processes: give all API servers and the orchestrator the same "
-                "FASTCHAT_Q_STORAGE_URL or folder; if the storage was changed on purpose: "
-                f"fastchat-q redis DEL {keys.FILE_STORAGE}"
-            )
-        return bool(here) and there == here
+        return bool(await self._identity.ours())
 
     async def publish(
         self,
