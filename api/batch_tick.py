@@ -16,7 +16,7 @@ from ulid import ULID
 from fastchat_q.batches import LEASE_MS, Batch, Ended
 from fastchat_q.errors import FastchatQError, StorageFullError, StorageUnavailableError, UnknownBatchError
 from fastchat_q.ledger import Ledger, Part
-from fastchat_q.loops import AWAY
+from fastchat_q.loops import AWAY, PreemptedError, unless
 from fastchat_q.storage import MissingObjectError
 
 from .batch_lines import no_such_input
@@ -97,20 +97,23 @@ class Driver(Tools):
         return True
 
     async def _kept(self, batch: Batch, nonce: str, work: Coroutine[Any, Any, T]) -> T:
-        """Does something that takes its time, and keeps the lease meanwhile."""
+        """Does something that takes its time, and keeps the lease meanwhile; stops it when somebody else has the lease.
+
+        Raises:
+            SupersededError: somebody has.
+        """
 
         async def keep() -> None:
             while True:
                 await asyncio.sleep(KEEP_S)
                 with contextlib.suppress(*AWAY):
-                    await self.batches.keep(batch.manifest.id, nonce)
+                    if not await self.batches.keep(batch.manifest.id, nonce):
+                        return
 
-        keeping = asyncio.create_task(keep())
         try:
-            return await work
-        finally:
-            keeping.cancel()
-            await asyncio.gather(keeping, return_exceptions=True)
+            return await unless(keep(), work)
+        except PreemptedError as error:
+            raise SupersededError from error
 
     async def _validated(self, batch: Batch, nonce: str) -> Batch:
         await self.catalog.refresh()

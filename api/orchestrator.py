@@ -118,6 +118,8 @@ def make_driver(redis: "Redis", settings: Settings) -> Driver:
 async def find_batches(ctx: dict[str, Any]) -> None:
     """Has each open batch that nobody drives driven; brings all back if Redis lost its data."""
     batches: Batches = ctx["driver"].batches
+    if not await batches.are_ours():
+        return
     found = await batches.reindex()
     if found:
         log.info("batches are back from the storage", batches=found)
@@ -128,6 +130,8 @@ async def find_batches(ctx: dict[str, Any]) -> None:
 async def advance_batch(ctx: dict[str, Any], batch_id: str) -> None:
     """Drives a batch for a while, and leaves it to the next tick."""
     try:
+        if not await ctx["driver"].batches.are_ours():
+            return  # to an orchestrator that has its storage
         tick = await ctx["driver"].advance(batch_id)
     except Exception:
         log.exception("tick failed", batch=batch_id)

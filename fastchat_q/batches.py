@@ -20,6 +20,7 @@ from . import keys, scripts
 from .errors import InvalidRequestError, UnknownBatchError
 from .ledger import PREFIX, Head, Ledger
 from .storage import AlreadyExistsError, MissingObjectError, Storage
+from .storage_identity import StorageIdentity
 from .tenants import Caller
 from .versions import known_fields
 
@@ -192,9 +193,15 @@ class Batches:
     def __init__(self, redis: "Redis", storage: Storage, clock: Callable[[], float] = time.time) -> None:
         self.storage = storage
         self._redis, self._clock = redis, clock
+        self._identity = StorageIdentity(redis, storage)
 
     async def create(self, manifest: Manifest) -> Batch:
-        """Durable when this returns."""
+        """Durable when this returns.
+
+        Raises:
+            StorageUnavailableError: or this process keeps batches elsewhere than the others.
+        """
+        await self._identity.claim()
         await self._tell(manifest.id, "manifest", manifest)
         batch = Batch(manifest)
         try:
@@ -302,13 +309,18 @@ class Batches:
         """Batches of a tenant that have not ended."""
         return int(await self._redis.scard(keys.open_batches_of(tenant)))  # type: ignore[misc]
 
+    async def are_ours(self) -> bool:
+        """Whether the batches in Redis are of this storage: nobody else may drive them. False too without any."""
+        return bool(await self._identity.ours())
+
     async def open_ids(self) -> tuple[str, ...]:
         """Batches that have not ended, and work for ticks."""
         return tuple([batch_id.decode() for batch_id in await self._redis.zrange(keys.OPEN_BATCHES, 0, -1)])
 
     async def reindex(self) -> int:
         """If Redis lost its data: brings all batches back from the storage; returns how many."""
-        if await self._redis.exists(keys.BATCHES_INDEXED):
+        storage_id = await self._identity.ours()
+        if not storage_id or await self._redis.get(keys.BATCHES_INDEXED) == storage_id:
             return 0
         found = {key.split("/")[1] async for key, _ in self.storage.list(PREFIX) if key.endswith("/manifest.json")}
         for batch_id in sorted(found):
@@ -316,7 +328,7 @@ class Batches:
                 await self.show(await self.load(batch_id))
             except (UnknownBatchError, ValueError, TypeError) as error:
                 log.error("a batch cannot be read", batch=batch_id, error=repr(error))
-        await self._redis.set(keys.BATCHES_INDEXED, "1")
+        await self._redis.set(keys.BATCHES_INDEXED, storage_id)
         return len(found)
 
     async def idle(self, batch_ids: Sequence[str]) -> Sequence[tuple[str, int]]:

@@ -4,7 +4,6 @@ The storage is the truth: a file is there once its record is, and its record com
 made again from it (``upkeep``).
 """
 
-import contextlib
 import re
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
@@ -17,16 +16,15 @@ from redis.asyncio import Redis
 from ulid import ULID
 
 from . import keys, scripts
-from .errors import InvalidRequestError, StorageQuotaError, StorageUnavailableError, UnknownFileError
-from .storage import AlreadyExistsError, MissingObjectError, Storage
+from .errors import InvalidRequestError, StorageQuotaError, UnknownFileError
+from .storage import MissingObjectError, Storage
+from .storage_identity import StorageIdentity
 from .versions import known_fields
 
 log = structlog.get_logger()
 
 BYTES_PREFIX, RECORD_PREFIX = "objects", "records"
 FILE_ID = re.compile(r"file-[0-7][0-9A-HJKMNP-TV-Z]{25}")
-IDENTITY = "storage-id"
-"""An object that tells one storage from another."""
 PAGE = 1000
 """Records that a listing reads at a time."""
 
@@ -108,6 +106,7 @@ class Files:
         self.storage = storage
         self._redis = redis
         self._clock = clock
+        self._identity = StorageIdentity(redis, storage)
         self._claimed = False
 
     async def create(
@@ -125,7 +124,8 @@ class Files:
 
         Args:
             file_id: of `new_file_id`; the same one again replaces the file, so that a step that is repeated after a
-                crash makes no second one.
+                crash makes no second one. Two processes may do the step at once, so one that fails takes nothing away:
+                it may be the other's. What then has no record goes with the leftovers.
         """
         draft = await self.write(data, file_id)
         try:
@@ -138,7 +138,8 @@ class Files:
                 max_stored_bytes=max_stored_bytes,
             )
         except BaseException:
-            await self.discard(draft)
+            if file_id is None:
+                await self.discard(draft)
             raise
 
     async def write(self, data: bytes | AsyncIterable[bytes], file_id: str | None = None) -> Draft:
@@ -148,31 +149,14 @@ class Files:
             StorageUnavailableError: or this process keeps files elsewhere than the others.
         """
         if not self._claimed:
-            with contextlib.suppress(AlreadyExistsError):
-                await self.storage.put(IDENTITY, str(ULID()).encode(), create=True)
-            if not await self.is_ours():
-                raise StorageUnavailableError("The server's storage for files is not set up. Its log says more.")
+            await self._identity.claim()
             self._claimed = True
         file_id = file_id or new_file_id(self._clock())
         return Draft(file_id, await self.storage.put(object_key(file_id), data))
 
     async def is_ours(self) -> bool:
         """Whether the index in Redis is of this storage; False too while no file was ever written."""
-        try:
-            here = await self.storage.get(IDENTITY)
-        except MissingObjectError:
-            here = b""
-        there = await self._redis.get(keys.FILE_STORAGE)
-        if here and there is None:
-            await self._redis.set(keys.FILE_STORAGE, here, nx=True)
-            there = await self._redis.get(keys.FILE_STORAGE)
-        if there is not None and there != here:
-            log.error(
-                "files are kept elsewhere by other processes: give all API servers and the orchestrator the same "
-                "FASTCHAT_Q_STORAGE_URL or folder; if the storage was changed on purpose: "
-                f"fastchat-q redis DEL {keys.FILE_STORAGE}"
-            )
-        return bool(here) and there == here
+        return bool(await self._identity.ours())
 
     async def publish(
         self,
@@ -190,18 +174,15 @@ class Files:
             max_stored_bytes: of all files of the tenant; 0: no limit.
 
         Raises:
-            StorageQuotaError: it is too much. Whatever is raised, there is no file, and the draft is still there.
+            StorageQuotaError: it is too much. Whatever is raised, the draft is still there, perhaps with a record:
+                `discard` takes both away.
         """
         created_at = int(ULID.from_str(draft.id.removeprefix("file-")).timestamp)
         expires_at = None if expires_after_s is None else created_at + expires_after_s
         record = FileRecord(draft.id, tenant, draft.bytes, created_at, expires_at, filename, purpose)
         check_quota(await self.stored_bytes(tenant) + draft.bytes, max_stored_bytes)
-        try:
-            await self.storage.put(record_key(record.id), record.to_json())
-            await self._add(record, max_stored_bytes)
-        except BaseException:
-            await self.storage.delete([record_key(record.id)])
-            raise
+        await self.storage.put(record_key(record.id), record.to_json())
+        await self._add(record, max_stored_bytes)
         return record
 
     async def discard(self, draft: Draft) -> None:

@@ -280,7 +280,7 @@ FILES_COMPARED = f"{_FILES}compared"
 """String: there while the indexes need no comparison with the storage. TTL 1 h; gone with all else that Redis loses."""
 
 FILE_STORAGE = f"{_FILES}storage"
-"""String: the id of the storage that the files are in, so that processes with another one are noticed. No TTL."""
+"""String: the id of the storage of files and batches, so that processes with another one are noticed. No TTL."""
 
 EVERY_FILE_KEY = f"{_FILES}*"
 """Glob pattern, for access rules."""
@@ -320,7 +320,7 @@ BATCH_TICKS = f"{_BATCHES}ticks"
 """Hash: batch id -> ticks begun so far. Names the next one, so that one at the most waits. While the batch is open."""
 
 BATCHES_INDEXED = f"{_BATCHES}indexed"
-"""String: there while the indexes are whole; gone with all else that Redis loses. No TTL."""
+"""String: the id of the storage whose batches are all in the indexes; gone with all else that Redis loses. No TTL."""
 
 
 def batch_lease(batch_id: str) -> str:

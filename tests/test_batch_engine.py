@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastchat_q.api import batch_lines, batch_run
+from fastchat_q.api import batch_lines, batch_run, batch_tick, orchestrator
 from fastchat_q.api.batch_lines import Lines, RawLine, lines_at
 from fastchat_q.api.batch_tick import Driver
 from fastchat_q.api.catalog import Catalog
@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from fastchat_q import keys, operations
 from fastchat_q.batches import Batch, Batches, Manifest, new_batch_id
 from fastchat_q.connection import connect
-from fastchat_q.errors import StorageFullError
+from fastchat_q.errors import StorageFullError, StorageUnavailableError
 from fastchat_q.files import Files, object_key
 from fastchat_q.ledger import Ledger
 from fastchat_q.queue import Queue
@@ -208,6 +208,29 @@ async def test_a_lease_keeps_a_second_process_away(bench: Bench) -> None:
     assert (await bench.drive(batch_id)).state == "completed"
 
 
+async def test_who_loses_the_lease_puts_no_files_together(bench: Bench, monkeypatch: Any) -> None:
+    monkeypatch.setattr(batch_tick, "KEEP_S", 0.05)
+    batch_id = await bench.create(jsonl([line(0)]))
+    begun, stopped = asyncio.Event(), asyncio.Event()
+
+    async def slow_create(*_: Any, **__: Any) -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            stopped.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.files, "create", slow_create)
+        driving = asyncio.create_task(bench.driver().advance(batch_id))
+        await asyncio.wait_for(begun.wait(), 20)
+        await bench.redis.set(keys.batch_lease(batch_id), "somebody else")
+        assert await asyncio.wait_for(driving, 5) is None
+    assert stopped.is_set()
+    assert await bench.redis.getdel(keys.batch_lease(batch_id)) == b"somebody else"
+    assert (await bench.drive(batch_id)).state == "completed"
+
+
 async def test_a_batch_goes_on_after_redis_lost_everything(bench: Bench, worker_stack: Stack, monkeypatch: Any) -> None:
     monkeypatch.setattr(batch_run, "COMMIT_LINES", 2)
     count = 60
@@ -224,6 +247,29 @@ async def test_a_batch_goes_on_after_redis_lost_everything(bench: Bench, worker_
     assert (batch.state, batch.ended.completed) == ("completed", count)
     assert sorted(ids(await bench.content(batch.ended.output_file_id))) == custom_ids(count)
     assert worker_stack.job_keys("slow") == [], "what was answered is gone from Redis"
+
+
+async def test_a_process_with_another_storage_neither_takes_nor_drives_nor_forgets_batches(
+    bench: Bench, folder: Path
+) -> None:
+    batch_id = await bench.create(jsonl([line(0)]))
+    elsewhere = Bench(bench.redis, folder / "elsewhere")
+    await elsewhere.storage.put("storage-id", b"another")
+    context = {"driver": elsewhere.driver(), "redis": None}
+    await orchestrator.find_batches(context)
+    await orchestrator.advance_batch(context, batch_id)
+    assert not await bench.redis.exists(keys.batch_lease(batch_id), keys.BATCH_TICKS)
+    with pytest.raises(StorageUnavailableError):
+        await elsewhere.batches.create((await bench.batches.load(batch_id)).manifest)
+    for name in [name async for name in bench.redis.scan_iter(keys.EVERY_BATCH_KEY)]:
+        await bench.redis.delete(name)
+    assert await elsewhere.batches.reindex() == 0
+    assert await bench.batches.reindex() == 1
+    assert await bench.batches.open_ids() == (batch_id,)
+    await bench.redis.set(keys.FILE_STORAGE, "another")  # the storage was changed on purpose, and later back
+    assert await elsewhere.batches.reindex() == 0
+    await bench.redis.delete(keys.FILE_STORAGE)
+    assert await bench.batches.reindex() == 1, "the indexes may be the other's"
 
 
 async def test_jobs_that_redis_lost_are_enqueued_again_within_a_tick(bench: Bench, worker_stack: Stack) -> None:

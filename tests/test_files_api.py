@@ -662,6 +662,23 @@ async def test_the_same_id_again_replaces_a_file_and_counts_once(files: Files, r
     assert len(await names(files)) == 1
 
 
+async def test_who_fails_to_repeat_a_file_leaves_what_another_process_made(
+    files: Files, redis: "Redis", clock: Clock
+) -> None:
+    file_id = new_file_id(clock())
+    await files.create(b"first", tenant="t", filename="x", purpose="batch_output", file_id=file_id)
+    await redis.config_set("maxmemory", "1")
+    try:
+        with pytest.raises(OutOfMemoryError):
+            await files.create(b"again", tenant="t", filename="x", purpose="batch_output", file_id=file_id)
+    finally:
+        await redis.config_set("maxmemory", "0")
+    for _ in range(2):
+        record = await files.get(file_id, "t")
+        assert b"".join([piece async for piece in files.content(record)]) == b"again"
+        await redis.flushall()
+
+
 async def test_what_takes_many_pages_is_listed_and_found_again(
     files: Files, redis: "Redis", clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
