@@ -4,6 +4,7 @@ What a route does not answer is answered here, so that this answer has a request
 """
 
 import asyncio
+import contextlib
 import json
 import re
 import time
@@ -35,7 +36,9 @@ IMAGE = re.compile(rb'"data:image\\?/[^"]*"|"data"\s*:\s*"[^"]*"')
 """A data URL in JSON, or the data of an image block: left out of the size here. Whether it is one is seen when it
 is read."""
 DRAIN_LIMIT = 64 * 1024 * 1024
-"""A refused body is read and thrown away up to here, so that the client gets to see the answer."""
+DRAIN_S = 30.0
+"""What still comes of a refused body is read and thrown away, so much of it and for so long: a client that reads
+nothing before all is sent would meet a closed connection, and see no answer."""
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}", re.ASCII)
 """What a client may call its request: anything else gets an id of ours."""
 INLINE_BYTES = 256 * 1024
@@ -92,13 +95,16 @@ class Guard:
                     added[name] = request_id
             await send(message)
 
+        incoming = Incoming(receive)
         try:
-            receive = await self._checked(scope, headers, receive)
+            receive = await self._checked(scope, headers, incoming)
         except AuthenticationError as error:
-            await error_response(error, scope, {"www-authenticate": "Bearer"})(scope, receive, send_with_id)
+            await error_response(error, scope, {"www-authenticate": "Bearer"})(scope, incoming, send_with_id)
             return
         except FastchatQError as error:
-            await error_response(error, scope, {"connection": "close"})(scope, receive, send_with_id)
+            response = error_response(error, scope, {"connection": "close"})
+            late = isinstance(error, RequestTimeoutError)  # waited for long enough
+            await response(scope, incoming, send_with_id if late else incoming.outlasting(send_with_id))
             return
         if scope["method"] == "HEAD" and takes_head(scope["path"]):
             scope = {**scope, "method": "GET"}  # the server, which has the original, leaves the body out
@@ -134,31 +140,25 @@ class Guard:
         declared = headers.get("content-length", "")
         size = int(declared) if declared.isdecimal() else 0
         limit = self._max_image_body_bytes if takes_images else self._max_body_bytes
-        too_large = size > limit
+        setting = "FASTCHAT_Q_MAX_IMAGE_BODY_BYTES" if takes_images else "FASTCHAT_Q_MAX_BODY_BYTES"
+        if size > limit:
+            raise _too_large(f"{size} bytes", limit, setting)
         parts: list[bytes] = []
-        total = 0
-        more = size <= DRAIN_LIMIT
+        total, more = 0, True
         deadline = asyncio.get_running_loop().time() + self._body_timeout_s
         while more:
             message = await self._next(receive, deadline, total)
             if message["type"] == "http.disconnect":
                 return _replay(message, receive)
-            part = message.get("body", b"")
-            total += len(part)
-            more = message.get("more_body", False) and total <= DRAIN_LIMIT
-            too_large = too_large or total > limit
-            if not too_large:
-                parts.append(part)
-        body = b"" if too_large else b"".join(parts)
+            parts.append(message.get("body", b""))
+            total += len(parts[-1])
+            if total > limit:
+                raise _too_large(f"more than {limit} bytes", limit, setting)
+            more = message.get("more_body", False)
+        body = b"".join(parts)
         del parts
-        if not too_large and total > self._max_body_bytes:
+        if total > self._max_body_bytes:
             check_rest(total, sum(len(found[0]) for found in IMAGE.finditer(body)), self._max_body_bytes)
-        if too_large:
-            setting = "FASTCHAT_Q_MAX_IMAGE_BODY_BYTES" if takes_images else "FASTCHAT_Q_MAX_BODY_BYTES"
-            raise RequestTooLargeError(
-                f"The request body has {max(size, total)} bytes, the limit is {limit}. "
-                f"Shorten the messages, or raise {setting} on the server."
-            )
         if total <= INLINE_BYTES:
             check_json(body)
         else:
@@ -173,6 +173,42 @@ class Guard:
             raise RequestTimeoutError(
                 f"The request body was not whole within {self._body_timeout_s:g} seconds; {total} bytes came."
             ) from None
+
+
+class Incoming:
+    """What a client sends of a body, and whether more of it may come."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._more = True
+
+    async def __call__(self) -> Message:
+        """ASGI's receive."""
+        message = await self._receive()
+        self._more = message.get("more_body", False)
+        return message
+
+    def outlasting(self, send: Send) -> Send:
+        """A send that holds back the end of an answer, at which the connection is closed, while a body still comes.
+
+        The client has the whole answer before: how long it is stands in its head.
+        """
+
+        async def send_and_drain(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await self._drain()
+                message = {"type": "http.response.body", "body": b"", "more_body": False}
+            await send(message)
+
+        return send_and_drain
+
+    async def _drain(self) -> None:
+        size = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                while self._more and size <= DRAIN_LIMIT:
+                    size += len((await self()).get("body", b""))
 
 
 def takes_head(path: str) -> bool:
@@ -201,10 +237,13 @@ def check_json(body: bytes) -> None:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> None:
-    if len(pairs) > 1 and len({name for name, _ in pairs}) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _no_json(f"it has {twice[:80]!r} twice in one object")
+    if len(pairs) < 2:
+        return
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise _no_json(f"it has {name[:80]!r} twice in one object")
+        seen.add(name)
 
 
 def _no_json(reason: str) -> InvalidRequestError:
@@ -232,6 +271,12 @@ def check_rest(size: int, image_bytes: int, limit: int) -> None:
             f"The request body has {size - image_bytes} bytes{images}. "
             "Shorten the messages, or raise FASTCHAT_Q_MAX_BODY_BYTES on the server."
         )
+
+
+def _too_large(size: str, limit: int, setting: str) -> RequestTooLargeError:
+    return RequestTooLargeError(
+        f"The request body has {size}, the limit is {limit}. Shorten the messages, or raise {setting} on the server."
+    )
 
 
 def _request_id(headers: Headers) -> str:

@@ -19,6 +19,7 @@ from .stack import API_KEY, Stack, running_stack
 
 HELLO = {"model": "echo", "messages": [{"role": "user", "content": "hello"}]}
 HEAD = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {API_KEY}\r\ncontent-type: application/json\r\n"
+COMPLETIONS = HEAD.replace(CHAT, "/v1/completions").encode()
 
 
 def raw(port: int, *parts: bytes) -> Connection:
@@ -115,24 +116,61 @@ def test_a_large_body_is_checked_as_a_small_one() -> None:
             check_json(json.dumps({"x": "y" * size})[:-1].encode() + b', "x": 1}')
 
 
+def test_an_object_of_many_names_takes_no_longer_than_others() -> None:
+    """It is checked between two steps of all other requests: a search of all names for each would take minutes."""
+    names = ",".join(f'"{number}":0' for number in range(200_000))
+    began = time.monotonic()
+    with pytest.raises(InvalidRequestError, match="'199999' twice"):
+        check_json(f'{{{names},"199999":0}}'.encode())
+    assert time.monotonic() - began < 10
+
+
 def chunked(*parts: bytes) -> bytes:
     return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
 
 
-def test_a_chunked_body_without_a_length_is_read_and_limited_while_it_comes(echo_stack: Stack) -> None:
+def test_a_chunked_body_without_a_length_is_read(echo_stack: Stack) -> None:
     head = f"{HEAD}transfer-encoding: chunked\r\n\r\n".encode()
     body = json.dumps(HELLO).encode()
     connection = raw(echo_stack.port, head, chunked(body[:10]), chunked(body[10:]), b"0\r\n\r\n")
     assert connection.reply().status == 200
-    connection = raw(echo_stack.port, head)
-    sent = 0
-    while sent < 3 * 2**20:
-        connection.socket.sendall(chunked(b" " * 2**16))
-        sent += 2**16
-    connection.socket.sendall(b"0\r\n\r\n")
+
+
+def refused_while_sending(connection: Connection) -> None:
+    connection.socket.settimeout(5)
     reply = connection.reply()
     assert (reply.status, reply.error()["code"]) == (413, "request_too_large")
     assert reply.headers["connection"] == "close"
+
+
+def test_a_chunked_body_is_refused_when_the_limit_is_passed_and_not_at_its_end(echo_stack: Stack) -> None:
+    connection = raw(echo_stack.port, COMPLETIONS + b"transfer-encoding: chunked\r\n\r\n")
+    for _ in range(2**20 // 2**16):
+        connection.socket.sendall(chunked(b" " * 2**16))
+    connection.socket.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        connection.socket.recv(1)
+    connection.socket.sendall(chunked(b" "))
+    refused_while_sending(connection)
+
+
+def test_a_body_that_is_too_large_by_its_length_is_refused_before_it_comes(echo_stack: Stack) -> None:
+    connection = raw(echo_stack.port, COMPLETIONS + b"content-length: 3000000\r\n\r\n", b" " * 1000)
+    refused_while_sending(connection)
+
+
+def test_what_comes_of_a_refused_body_is_taken_until_its_end_and_then_the_connection_ends(echo_stack: Stack) -> None:
+    size = 20 * 2**20
+    connection = raw(echo_stack.port, COMPLETIONS + f"content-length: {size}\r\n\r\n".encode())
+    for _ in range(20):
+        connection.socket.sendall(b" " * 2**20)
+    refused_while_sending(connection)
+    assert connection.socket.recv(1) == b""
+
+
+def test_a_client_gets_no_leave_to_send_a_body_that_is_too_large(echo_stack: Stack) -> None:
+    head = COMPLETIONS + b"content-length: 3000000\r\nexpect: 100-continue\r\n\r\n"
+    refused_while_sending(raw(echo_stack.port, head))
 
 
 def test_a_declared_length_beyond_all_limits_is_refused_before_the_body_comes(echo_stack: Stack) -> None:
@@ -143,9 +181,11 @@ def test_a_declared_length_beyond_all_limits_is_refused_before_the_body_comes(ec
 def test_a_body_that_does_not_come_is_408_in_time(impatient: Stack) -> None:
     for framing in ("content-length: 100", "transfer-encoding: chunked"):
         began = time.monotonic()
-        reply = raw(impatient.port, f"{HEAD}{framing}\r\n\r\n".encode()).reply()
+        connection = raw(impatient.port, f"{HEAD}{framing}\r\n\r\n".encode())
+        reply = connection.reply()
         assert (reply.status, reply.error()["code"]) == (408, "request_timeout")
         assert reply.headers["connection"] == "close"
+        assert connection.socket.recv(1) == b""
         assert 0.4 < time.monotonic() - began < 5
 
 
