@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from io import UnsupportedOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Protocol
 
@@ -46,6 +47,8 @@ app = typer.Typer(name="batch", help="Many requests in a file.", no_args_is_help
 
 class _Readable(Protocol):
     def read(self, size: int = -1, /) -> bytes: ...
+
+    def seek(self, offset: int, /) -> int: ...
 
 
 @app.command()
@@ -183,6 +186,13 @@ class _Asking:
     def __init__(self, file: _Readable, model: str) -> None:
         self._file, self._model = file, model
         self._rest, self._ready = b"", b""
+
+    def seek(self, offset: int, /) -> int:
+        """To its beginning only: an upload that the server had no room for is sent again."""
+        if offset:
+            raise UnsupportedOperation("a file of requests is read from its beginning")
+        self._rest, self._ready = b"", b""
+        return self._file.seek(0)
 
     def read(self, size: int = -1, /) -> bytes:
         """Some more of it; empty at its end."""

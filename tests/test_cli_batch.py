@@ -6,8 +6,11 @@ import pty
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,67 @@ from .servers import wait_until
 from .stack import API_KEY, Stack, environment_of
 
 Done = subprocess.CompletedProcess[str]
+
+
+class FullAtFirst(BaseHTTPRequestHandler):
+    """An API server that has no room for the first upload, after it has read it."""
+
+    protocol_version = "HTTP/1.1"
+    uploads: list[bytes]
+
+    def do_POST(self) -> None:
+        body = self._body()
+        if self.path == "/v1/files":
+            self.uploads.append(body)
+            if len(self.uploads) == 1:
+                return self._answer(503, {"error": {"message": "full"}})
+        return self._answer(200, {"id": "file-1" if self.path == "/v1/files" else "batch_1"})
+
+    def _body(self) -> bytes:
+        if "content-length" in self.headers:
+            return self.rfile.read(int(self.headers["content-length"]))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _answer(self, status: int, found: dict[str, object]) -> None:
+        body = json.dumps(found).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.send_header("retry-after", "0")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on stderr."""
+
+
+@contextmanager
+def full_at_first() -> Iterator[tuple[str, list[bytes]]]:
+    """Its address, and what is uploaded to it."""
+    uploads: list[bytes] = []
+    handler = type("Handler", (FullAtFirst,), {"uploads": uploads})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", uploads
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def alone(
+    *words: str, url: str = "http://127.0.0.1:9", given: bytes | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Runs ``fastchat-q batch`` without a stack."""
+    environment = environment_of({"FASTCHAT_Q_BASE_URL": url, "FASTCHAT_Q_API_KEY": API_KEY})
+    command_ = [sys.executable, "-m", "fastchat_q.cli", "batch", *words]
+    return subprocess.run(command_, capture_output=True, env=environment, timeout=60, input=given)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +141,16 @@ def test_a_file_can_be_asked_of_another_model_than_its_lines_say(served: Stack, 
     assert [one["response"]["body"]["choices"][0]["message"]["content"] for one in answers] == [
         "ünïcode \u2028 text"
     ] * 3
+
+
+@pytest.mark.parametrize("model", [(), ("--model", "echo")], ids=["as it is", "for a model"])
+def test_a_file_that_is_sent_again_is_whole(model: tuple[str, ...], requests: Path) -> None:
+    with full_at_first() as (url, uploads):
+        made = alone("create", str(requests), *model, url=url)
+    assert made.returncode == 0, made.stderr
+    first, second = (parsed(upload[upload.index(b'{"') : upload.rindex(b"}") + 1] + b"\n") for upload in uploads)
+    assert len(first) == 5
+    assert second == first
 
 
 def test_what_is_wrong_with_a_file_is_said_with_its_line(served: Stack, requests: Path, tmp_path: Path) -> None:
