@@ -1,7 +1,7 @@
 """How the answer of each form looks, whole and streamed: from a job's view and events alone, whenever they are read."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastchat_q.errors import InvalidRequestError
@@ -53,10 +53,11 @@ def ping(view: View) -> bytes:
     return FORMS[view.form].ping
 
 
-def writer(view: View, after: int | EventId | None = None) -> Writer:
+def writer(view: View, request_id: str, after: int | EventId | None = None) -> Writer:
     """Writes the answer as it comes.
 
     Args:
+        request_id: of the request that reads it, which need not be the one that asked.
         after: the id of the last event that the client has; None: it has none yet.
 
     Raises:
@@ -73,7 +74,7 @@ def writer(view: View, after: int | EventId | None = None) -> Writer:
             "beginning, without Last-Event-ID.",
             code=INVALID_EVENT_ID,
         )
-    return form.writer(view, after)
+    return form.writer(replace(view, extra={**view.extra, "request_id": request_id}), after)
 
 
 def state(view: View, record: JobRecord | None, deltas: Sequence[Delta]) -> dict[str, Any]:

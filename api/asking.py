@@ -76,7 +76,7 @@ async def answer(request: Request, asked: Asked) -> Response:
         first = await unless(disconnected(request), events.take(patience_s))
         if first and isinstance(first[-1], End):
             raise_if_failed(first[-1], view)  # still a status of its own: no byte is out
-        chunks = sse(events, first, answers.writer(view))
+        chunks = sse(events, first, answers.writer(view, request.state.request_id))
         response = JobStreamResponse(events, leave, chunks, headers, service.settings.drain_s, answers.ping(view))
         handed_over = True
         return response

@@ -41,7 +41,7 @@ def event_id(given: str | None, param: str | None = None) -> int | EventId | Non
 
 
 async def follow(
-    service: Service, model: str, job_id: str, tenant: str | None, after: int | EventId | None
+    service: Service, request_id: str, model: str, job_id: str, tenant: str | None, after: int | EventId | None
 ) -> JobStreamResponse:
     """The events of a job behind the one with the id ``after``; None: all of them.
 
@@ -59,7 +59,7 @@ async def follow(
         view = View.from_json(stream.view)
         if stream.start and answers.reads_all(view):
             stream = await _from_the_beginning(service, stream, tenant)
-        writer = answers.writer(view, after)
+        writer = answers.writer(view, request_id, after)
         first = await stream.take(service.settings.queue_comment_after_s)
         if first and isinstance(first[0], End) and first[0].reason == INVALID_EVENT_ID:
             raise_if_failed(first[0], view)

@@ -47,7 +47,7 @@ async def stream_job(
     started over.
     """
     after = event_id(last_event_id if starting_after is None else starting_after)
-    return await follow(service_of(request), *_parse(job_id), tenant_of(request), after)
+    return await follow(service_of(request), request.state.request_id, *_parse(job_id), tenant_of(request), after)
 
 
 async def _job(service: Service, public_id: str, tenant: str | None) -> dict[str, Any]:

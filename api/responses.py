@@ -108,7 +108,7 @@ async def retrieve_response(
             param="starting_after",
             code=INVALID_EVENT_ID,
         )
-    return await follow(service, *stored.key, tenant, after)
+    return await follow(service, request.state.request_id, *stored.key, tenant, after)
 
 
 @router.post("/v1/responses/{response_id}/cancel", summary="Cancel a response")

@@ -615,6 +615,13 @@ def test_a_job_that_fails_in_its_stream_ends_it_with_an_error_that_the_client_ra
         with pytest.raises(anthropic.APIStatusError) as caught:
             events.get_final_message()
     assert (caught.value.type, caught.value.error_code) == ("invalid_request_error", "cancelled")
+    assert isinstance(caught.value.body, dict)
+    assert caught.value.body["request_id"] == events.response.headers["request-id"]
+    again = Connection(stack.port)
+    again.send(b"", method="GET", path=f"/v1/jobs/{public}/events", headers={"x-request-id": "mine"})
+    again.head()
+    _, said = events_of(again.events())[-1]
+    assert said["request_id"] == "mine"
 
 
 # going on

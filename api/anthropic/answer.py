@@ -5,7 +5,7 @@ from typing import Any
 
 import orjson
 
-from fastchat_q.errors import InvalidRequestError
+from fastchat_q.errors import FastchatQError, InvalidRequestError
 from fastchat_q.events import Delta, End, Event, Result
 from fastchat_q.jobs import call_arguments
 
@@ -83,15 +83,18 @@ class MessageWriter:
         if isinstance(event, Delta):
             made, n = self._blocks.events(event), event.n
         elif (error := self._view.failure(event)) is not None:
-            return [_named("error", body_of(error))]
+            return [self._error(error)]
         else:
             made, n = self._closing(event), event.n + 1
         written = [_event(at, said) for at, said in self._numbered(n, made) if self._lacks(at)]
         beyond = self._after is not None and (n >= self._after.n or isinstance(event, End))
         if not self._met and beyond and not self._refused:
             self._refused = True
-            return [_named("error", body_of(_no_such_event(self._after)))]
+            return [self._error(_no_such_event(self._after))]
         return written
+
+    def _error(self, error: FastchatQError) -> bytes:
+        return _named("error", body_of(error, self._view.extra.get("request_id")))
 
     def _closing(self, end: End) -> list[Said]:
         delta = {"type": "message_delta", "delta": _stop(self._view, end), "usage": _usage(end.result)}
