@@ -3,7 +3,7 @@
 import base64
 from typing import Annotated, Any, Literal, get_args
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 
 from fastchat_q import blobs
@@ -29,6 +29,14 @@ Includes = Annotated[list[str] | None, Query(alias="include[]", description="The
 CANCELLED = "cancelled by request"
 
 
+async def no_other_query(request: Request) -> None:
+    """Refuses query parameters that the route does not have."""
+    known = {one.alias for one in request.scope["route"].dependant.query_params}
+    for name in request.query_params:
+        if name not in known:
+            raise InvalidRequestError(f"Unknown parameter: '{name[:80]}'.", param=name[:80], code="unknown_parameter")
+
+
 @router.post(
     "/v1/responses",
     summary="Create a response",
@@ -45,6 +53,7 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
 @router.get(
     "/v1/responses/{response_id}",
     summary="Retrieve a response",
+    dependencies=[Depends(no_other_query)],
     responses={200: {"description": "A response object, or the events of its stream if `stream` is true."}},
 )
 async def retrieve_response(
@@ -60,6 +69,12 @@ async def retrieve_response(
     """As far as it is; with `stream` its events, behind the one with the number `starting_after`, on any server."""
     service, tenant = service_of(request), tenant_of(request)
     _check_include([*(include or ()), *(includes or ())])
+    if include_obfuscation:
+        raise InvalidRequestError(
+            "Unsupported parameter: 'include_obfuscation': nothing hides the lengths of tokens here. Leave it out.",
+            param="include_obfuscation",
+            code="unsupported_parameter",
+        )
     stored = await load(service, response_id, tenant)
     after = event_id(last_event_id) if starting_after is None else event_id(starting_after, "starting_after")
     if not stream:
@@ -101,7 +116,11 @@ async def delete_response(response_id: str, request: Request) -> Response:
     return Response(body, media_type="application/json")
 
 
-@router.get("/v1/responses/{response_id}/input_items", summary="List the input items of a response")
+@router.get(
+    "/v1/responses/{response_id}/input_items",
+    summary="List the input items of a response",
+    dependencies=[Depends(no_other_query)],
+)
 async def list_input_items(
     response_id: str,
     request: Request,
