@@ -325,6 +325,5 @@ def refuses(client: openai.OpenAI) -> bool:
     try:
         create(client, jsonl([line(0)]))
     except openai.RateLimitError as error:
-        assert error.code == "insufficient_quota"
-        return True
+        return error.code == "insufficient_quota"
     return False
