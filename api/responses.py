@@ -4,7 +4,7 @@ import base64
 from dataclasses import replace
 from typing import Annotated, Any, Literal, get_args
 
-from fastapi import APIRouter, HTTPException, Query, Request
+from fastapi import APIRouter, Depends, HTTPException, Query, Request
 from fastapi.responses import Response
 
 from fastchat_q import blobs
@@ -29,6 +29,14 @@ router = APIRouter(tags=["responses"])
 Include = Annotated[list[str] | None, Query()]
 Includes = Annotated[list[str] | None, Query(alias="include[]", description="The same, as OpenAI's clients spell it.")]
 CANCELLED = "cancelled by request"
+
+
+async def no_other_query(request: Request) -> None:
+    """Refuses query parameters that the route does not have."""
+    known = {one.alias for one in request.scope["route"].dependant.query_params}
+    for name in request.query_params:
+        if name not in known:
+            raise InvalidRequestError(f"Unknown parameter: '{name[:80]}'.", param=name[:80], code="unknown_parameter")
 
 
 @router.post(
@@ -79,6 +87,7 @@ def _counted(found: Asked) -> Asked:
 @router.get(
     "/v1/responses/{response_id}",
     summary="Retrieve a response",
+    dependencies=[Depends(no_other_query)],
     responses={200: {"description": "A response object, or the events of its stream if `stream` is true."}},
 )
 async def retrieve_response(
@@ -94,6 +103,12 @@ async def retrieve_response(
     """As far as it is; with `stream` its events, behind the one with the number `starting_after`, on any server."""
     service, tenant = service_of(request), tenant_of(request)
     _check_include([*(include or ()), *(includes or ())])
+    if include_obfuscation:
+        raise InvalidRequestError(
+            "Unsupported parameter: 'include_obfuscation': nothing hides the lengths of tokens here. Leave it out.",
+            param="include_obfuscation",
+            code="unsupported_parameter",
+        )
     stored = await load(service, response_id, tenant)
     after = event_id(last_event_id) if starting_after is None else event_id(starting_after, "starting_after")
     if not stream:
@@ -135,7 +150,11 @@ async def delete_response(response_id: str, request: Request) -> Response:
     return Response(body, media_type="application/json")
 
 
-@router.get("/v1/responses/{response_id}/input_items", summary="List the input items of a response")
+@router.get(
+    "/v1/responses/{response_id}/input_items",
+    summary="List the input items of a response",
+    dependencies=[Depends(no_other_query)],
+)
 async def list_input_items(
     response_id: str,
     request: Request,

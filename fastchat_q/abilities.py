@@ -8,7 +8,7 @@ from .jobs import Feature, Job, Kind
 from .registry import ModelCard
 
 ENDPOINTS: dict[Kind, str] = {
-    "chat": "POST /v1/chat/completions",
+    "chat": "POST /v1/chat/completions, /v1/responses, /v1/messages",
     "completion": "POST /v1/completions",
     "tokenize": "POST /tokenize",
     "detokenize": "POST /detokenize",
@@ -38,20 +38,27 @@ def check_can_do(card: ModelCard, job: Job, spelt: Mapping[str, str] = MappingPr
         if card.kind == "completion" and job.kind == "chat":
             raise InvalidRequestError(NO_TEMPLATE.format(name=card.name), param="messages", code="no_chat_template")
         raise InvalidRequestError(
-            f"The model {card.name!r} takes no such request, only {ENDPOINTS[card.kind]}. GET /v1/models says of each "
-            f"model what it is for; {ENDPOINTS[job.kind]} needs one {_needed(job.kind)}.",
+            f"The model {card.name!r} takes no such request, only {_endpoints(card)}. GET /v1/models says of each "
+            f"model what it is for; for {ENDPOINTS[job.kind]} take one {_needed(job.kind)}.",
             param="model",
             code="model_kind",
         )
     for parameter, feature in job.asks().items():
         if feature not in card.features:
             name = spelt.get(parameter, parameter)
+            way_out = "Leave the images out" if feature == "vision" else "Leave it out"
             raise InvalidRequestError(
-                f"Unsupported parameter: {name!r} asks for what the model {card.name!r} cannot do. Leave it out, or "
+                f"Unsupported parameter: {name!r} asks for what the model {card.name!r} cannot do. {way_out}, or "
                 f"take a model that has the feature {feature!r}: GET /v1/models lists what each has.",
                 param=name,
                 code="unsupported_parameter",
             )
+
+
+def _endpoints(card: ModelCard) -> str:
+    """What a model takes."""
+    kinds = [card.kind, *(kind for kind, feature in OF_TEXT.items() if feature in card.features and kind != card.kind)]
+    return ", ".join([ENDPOINTS[kind] for kind in kinds])
 
 
 def _needed(kind: Kind) -> str:

@@ -151,6 +151,36 @@ def test_what_asks_for_nothing_is_taken(echo_stack: Stack) -> None:
     assert ask(echo_stack, **nothing, seed=1, temperature=0, service_tier="flex").status == 200
 
 
+def test_a_null_is_an_absent_parameter(echo_stack: Stack) -> None:
+    nulls = {"add_special_tokens": None, "ignore_eos": None, "on_disconnect": None}
+    assert ask(echo_stack, **nulls).status == 200
+    chat = {"model": "echo", "messages": [{"role": "user", "content": "a"}], "ignore_eos": None, "on_disconnect": None}
+    assert post(echo_stack.port, chat).status == 200
+    streamed = {**chat, "stream": True, "stream_options": {"include_usage": None, "include_obfuscation": None}}
+    assert post(echo_stack.port, streamed).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "said"),
+    [
+        (PATH, {"prompt": "a", "stop": ["a"] * 5}, "at most 4 items"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": []}]}, "at least 1 item"),
+        ("/v1/responses", {"input": []}, "at least 1 item"),
+    ],
+)
+def test_a_list_of_the_wrong_length_is_told_its_limit(
+    echo_stack: Stack, path: str, fields: dict[str, Any], said: str
+) -> None:
+    assert said in post(echo_stack.port, {"model": "echo", **fields}, path=path).error()["message"]
+
+
+def test_a_model_that_sees_nothing_wants_the_messages_without_their_images(echo_stack: Stack) -> None:
+    pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{pixel}"}}
+    error = post(echo_stack.port, {"model": "echo", "messages": [{"role": "user", "content": [image]}]}).error()
+    assert "Leave the images out" in error["message"]
+
+
 def test_a_model_for_something_else_completes_nothing(scripted_stack: Stack) -> None:
     for path, body in ((PATH, {"prompt": "a"}), ("/tokenize", {"prompt": "a"})):
         error = post(scripted_stack.port, {"model": "embedder", **body}, path=path).error()

@@ -238,7 +238,7 @@ def test_a_conversation_becomes_the_turns_of_a_chat(scripted: anthropic.Anthropi
                 "role": "assistant",
                 "content": [
                     {"type": "redacted_thinking", "data": "x"},
-                    {"type": "thinking", "thinking": "Hm.", "signature": "s"},
+                    {"type": "thinking", "thinking": "Hm.", "signature": None},
                     {"type": "text", "text": "I ", "citations": None},
                     {"type": "text", "text": "look."},
                     call,
@@ -249,7 +249,7 @@ def test_a_conversation_becomes_the_turns_of_a_chat(scripted: anthropic.Anthropi
                 "role": "user",
                 "content": [
                     {"type": "text", "text": "Here."},
-                    {"type": "tool_result", "tool_use_id": "t1", "content": "sunny"},
+                    {"type": "tool_result", "tool_use_id": "t1", "content": "sunny", "is_error": None},
                     {**failed, "cache_control": cache},
                 ],
             },
@@ -776,8 +776,11 @@ def test_the_count_of_a_prompt_is_that_of_the_message(tiny_stack: Stack) -> None
             assert counted.input_tokens == answer.usage.input_tokens, prompt
         with pytest.raises(anthropic.NotFoundError):
             client.messages.count_tokens(model="no-such", messages=asked)
-        with pytest.raises(anthropic.BadRequestError, match="Unknown parameter: 'max_tokens'"):
-            client.messages.count_tokens(model="tiny", messages=asked, extra_body={"max_tokens": 5})
+        own: Any = {"max_tokens": 5, "stream": True, "temperature": 0.5, "stop_sequences": ["x"], "metadata": None}
+        whole = client.messages.count_tokens(model="tiny", messages=asked, extra_body=own)
+        assert whole == client.messages.count_tokens(model="tiny", messages=asked)
+        with pytest.raises(anthropic.BadRequestError, match="Unknown parameter: 'max_token'"):
+            client.messages.count_tokens(model="tiny", messages=asked, extra_body={"max_token": 5})
         beta = client.beta.messages.count_tokens(model="tiny", messages=asked, betas=["token-counting-2024-11-01"])
         assert beta.input_tokens == client.messages.count_tokens(model="tiny", messages=asked).input_tokens
 

@@ -370,11 +370,13 @@ def test_a_query_that_is_not_honoured_is_refused(scripted_stack: Stack) -> None:
         ("include=web_search_call.results", "include"),
         ("include[]=nothing", "include"),
         ("starting_after=1", "starting_after"),
+        ("foo=1", "foo"),
+        ("include_obfuscation=true", "include_obfuscation"),
         ("stream=true&starting_after=-1", "starting_after"),
     ):
         reply = get(scripted_stack.port, f"{path}?{query}")
         assert (reply.status, reply.error()["param"]) == (400, param), reply.body
-    for query in ("limit=0", "limit=101", "order=up"):
+    for query in ("limit=0", "limit=101", "order=up", "foo=1"):
         assert get(scripted_stack.port, f"{path}/input_items?{query}").status == 400
     assert (
         get(scripted_stack.port, f"{path}?include=message.output_text.logprobs&include_obfuscation=false").json()

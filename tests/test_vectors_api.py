@@ -119,6 +119,8 @@ def test_a_model_for_vectors_takes_no_chat_and_says_what_it_takes(scripted_stack
     reply = post(scripted_stack.port, {"model": "embedder", "messages": [{"role": "user", "content": "hi"}]})
     assert (reply.status, reply.error()["param"], reply.error()["code"]) == (400, "model", "model_kind")
     assert EMBEDDINGS in reply.error()["message"]
+    other = post(scripted_stack.port, {"model": "script", "input": "x"}, path=EMBEDDINGS).error()["message"]
+    assert "POST /v1/chat/completions, /v1/responses, /v1/messages" in other
     kinds = {model["id"]: model["kind"] for model in get(scripted_stack.port, "/v1/models").json()["data"]}
     assert kinds == {"script": "chat", "embedder": "embed", "ranker": "rerank"}
 

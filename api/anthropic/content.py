@@ -96,7 +96,7 @@ class ThinkingBlock(Strict):
 
     type: Literal["thinking"]
     thinking: Text
-    signature: Text = ""
+    signature: Text | None = None
 
 
 class RedactedThinkingBlock(Strict):
@@ -140,7 +140,7 @@ class ToolResultBlock(_Block):
     type: Literal["tool_result"]
     tool_use_id: Text
     content: Text | list[ResultContent] = ""
-    is_error: bool = False
+    is_error: bool | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -80,7 +80,7 @@ class ToolChoice(Strict):
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
-    disable_parallel_tool_use: bool = False
+    disable_parallel_tool_use: bool | None = None
 
     @model_validator(mode="after")
     def _has_what_its_type_says(self) -> Self:
@@ -273,3 +273,18 @@ class MessageRequest(Prompt):
             guide=self.format.to_guide() if self.format is not None else None,
         )
         return super().to_job(images).model_copy(update={"sampling": sampling})
+
+
+OF_THE_ANSWER = MessageRequest.model_fields.keys() - Prompt.model_fields.keys()
+
+
+class CountRequest(Prompt):
+    """The body of ``POST /v1/messages/count_tokens``.
+
+    It may be the very body of the message: what cannot change its prompt is not looked at.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_prompt(cls, data: Any) -> Any:
+        return {key: data[key] for key in data if key not in OF_THE_ANSWER} if isinstance(data, dict) else data

@@ -13,20 +13,20 @@ from ..guard import check_rest
 from ..media import Images
 from ..service import service_of
 from ..tokenize import asked_count
-from .request import Prompt
+from .request import CountRequest
 
 router = APIRouter(tags=["anthropic"])
 
 
 @router.post("/v1/messages/count_tokens", summary="Count the tokens of a message's prompt")
-async def count_tokens(body: Prompt, request: Request) -> Response:
+async def count_tokens(body: CountRequest, request: Request) -> Response:
     """Answers `input_tokens`: of the very prompt that the same message would have."""
     settings = service_of(request).settings
     size = len(await request.body())
     return await answer(request, await off_the_loop_if_large(size, asked, body, settings, size))
 
 
-def asked(body: Prompt, settings: Settings, size: int) -> Asked:
+def asked(body: CountRequest, settings: Settings, size: int) -> Asked:
     """What the request asks for.
 
     Args:
