@@ -38,6 +38,30 @@ JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x09]{0,12}", "lenient": False}
 that cannot be held to is refused, never ignored."""
 JSON_KINDS = ("json_object", "json_schema")
 IN_A_GRAMMAR = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
+DRAWING = re.compile(r"\d+ \|( |$)|[\^| ]*$|<state>")
+"""Lines of an error that show the place in a grammar, which most senders have not written."""
+OUR_WORDS = (
+    (re.compile(r"failed to compile JSON schema: "), ""),
+    (
+        re.compile(r"oneOf constraints are not supported.*"),
+        r"'oneOf' of schemas that may fit the same value is not supported; use 'anyOf'",
+    ),
+    (re.compile(r"Unimplemented keys: \[(.*)\]"), r"these keywords are not supported: \1"),
+    (
+        re.compile(r".*Too many items \(limit (\d+).*"),
+        r"it can be read in too many ways: one step of it has more than \1",
+    ),
+    (
+        re.compile(r"Unable to determine if regex is empty.*"),
+        "'pattern' and 'format' cannot be held together with such lengths",
+    ),
+    (
+        re.compile(r"regex parse error:?$"),
+        "a 'pattern' cannot be read; look-around and references back are not supported",
+    ),
+    (re.compile(r"Enable '\w+' option.*"), ""),
+)
+"""What llguidance says, and what it means here: its options are none of ours."""
 CONTROL_TOKENS = re.compile(r"""(//[^\n]*|"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/)|<[^\s<>"]+>""")
 SOME_BYTE = '"."'
 """Control tokens of a grammar, outside of strings and expressions: what knows bytes only reads this instead."""
@@ -175,7 +199,7 @@ class Guided:
         if self._budget is not None and self._budget.way and not self._matcher.is_error():
             only(bits, self._budget.way[len(ids) - self._budget.begun])
         if self._matcher.is_error():
-            reason = _first_line(self._matcher.get_error())
+            reason = _in_our_words(self._matcher.get_error())
             message = f"The {_name(self._guide)} cannot be followed any further: {reason}"
             self.failure = InvalidRequestError(message, param=_param(self._guide), code="guide_error")
 
@@ -275,12 +299,11 @@ def _refusing(guide: Guide) -> Iterator[None]:
 
 
 def _refusal(guide: Guide, reason: str) -> InvalidRequestError:
-    if guide.kind in JSON_KINDS:  # of a grammar that its sender has not written
+    if guide.kind in JSON_KINDS or isinstance(guide, Composed):  # of a grammar that its sender has not written
         reason = IN_A_GRAMMAR.sub("", reason, 1).split("\n")[0]
     code = "invalid_schema" if guide.kind in JSON_KINDS or isinstance(guide, Composed) else "invalid_grammar"
-    return InvalidRequestError(
-        f"The {_name(guide)} cannot be used: {_first_line(reason)}", param=_param(guide), code=code
-    )
+    message = f"The {_name(guide)} cannot be used: {_in_our_words(reason)}"
+    return InvalidRequestError(message, param=_param(guide), code=code)
 
 
 def _name(guide: Guide) -> str:
@@ -296,8 +319,10 @@ def _param(guide: Guide) -> str:
     return "response_format" if guide.kind in JSON_KINDS else "structured_outputs"
 
 
-def _first_line(message: str) -> str:
-    """What is wrong, without llguidance's dump of its state or its drawing of the place."""
-    head = message.split("\n<state>")[0]
-    lines = [line.strip() for line in head.splitlines()]
-    return " ".join(line for line in lines if line.strip("^ |"))[:300]
+def _in_our_words(message: str) -> str:
+    """What is wrong, in one line, without llguidance's dump of its state or its drawing of the place."""
+    lines = [line.strip() for line in message.split("\n<state>")[0].splitlines()]
+    reason = " ".join(line for line in lines if not DRAWING.match(line)).removeprefix("parser error: ")
+    for theirs, ours in OUR_WORDS:
+        reason = theirs.sub(ours, reason)
+    return reason[:300]
