@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from fastchat_q import batches, keys, operations
 from fastchat_q.batches import Batch, Batches, Manifest, new_batch_id
 from fastchat_q.connection import connect
-from fastchat_q.errors import InvalidRequestError, StorageFullError
+from fastchat_q.errors import InvalidRequestError, StorageFullError, UnknownBatchError
 from fastchat_q.files import Files, object_key
 from fastchat_q.ledger import Ledger
 from fastchat_q.queue import Queue
@@ -425,6 +425,22 @@ async def test_a_batch_whose_input_is_gone_ends_with_what_it_has(
     assert [one["code"] for one in (seen["errors"] or {"data": []})["data"]] == ([] if cancel else ["file_not_found"])
     assert seen[f"{state}_at"] >= seen["in_progress_at"]
     assert await bench.batches.open_ids() == ()
+
+
+async def test_a_batch_that_the_storage_does_not_know_leaves_the_indexes(bench: Bench) -> None:
+    batch_id = await bench.create(jsonl([line(0)]))
+    await bench.storage.delete([f"batches/{batch_id}/manifest.json"])
+    ours = await bench.redis.getset(keys.FILE_STORAGE, "another")
+    assert await bench.driver().advance(batch_id) is None
+    assert await bench.batches.num_open("default") == 1, "the other storage may have it"
+    await bench.redis.set(keys.FILE_STORAGE, ours)
+    assert await bench.driver().advance(batch_id) is None
+    assert await bench.batches.num_open("default") == 0
+    assert await bench.batches.open_ids() == ()
+    assert await bench.batches.list("default", None, 10) == ([], False)
+    assert await bench.batches.list(None, None, 10) == ([], False)
+    with pytest.raises(UnknownBatchError):
+        await bench.batches.get(batch_id, "default")
 
 
 async def test_a_process_that_is_behind_does_not_take_back_what_clients_see(bench: Bench) -> None:
