@@ -58,6 +58,8 @@ class Driver(Tools):
             open_still = await self._advance(batch, nonce, until)
         except UnknownBatchError:
             log.error("an open batch without a manifest", batch=batch_id)
+            if await self.files.is_ours():  # another storage may have it
+                await self.batches.drop(batch_id)
             return None
         except SupersededError:
             log.info("somebody else drives the batch", batch=batch_id)

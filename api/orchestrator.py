@@ -42,6 +42,9 @@ ADVANCE_TIMEOUT_S = 900
 """Bounds on ticks. One of a batch ends after some 15 s, but to read a large input, or to put its files together, takes
 as long as the storage needs. After a crash arq keeps its own mark on a tick for as long as that: a batch does not wait
 for it, for its next tick has another name."""
+NAMED_S = 15
+"""So long the next tick keeps its name. A process that is killed when arq has made its mark, but the tick has not yet
+counted itself, holds up the batch no longer."""
 POLL_S = 0.1
 NICE = 10
 """Where processors are short, API servers, workers and Redis go first: batches feed on what is left."""
@@ -141,8 +144,9 @@ async def advance_batch(ctx: dict[str, Any], batch_id: str) -> None:
 
 
 async def _next_tick(ctx: dict[str, Any], batch_id: str, tick: int) -> None:
-    """Whoever asks for it: there is one of each name, and so one at the most that waits."""
-    await ctx["redis"].enqueue_job(ADVANCE, batch_id, _job_id=f"{batch_id}:{tick}")
+    """Whoever asks for it: there is one of each name, and so hardly more than one that waits."""
+    name = f"{batch_id}:{tick}:{int(ctx['driver'].clock() // NAMED_S)}"
+    await ctx["redis"].enqueue_job(ADVANCE, batch_id, _job_id=name)
 
 
 async def housekeeping(ctx: dict[str, Any]) -> dict[str, int]:

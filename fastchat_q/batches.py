@@ -305,6 +305,20 @@ class Batches:
             await scripts.call(self._redis, "batch_put", names, [manifest.id, batch.rank, raw, int(batch.is_open)])
         )
 
+    async def drop(self, batch_id: str) -> None:
+        """Takes a batch that the storage does not know out of all indexes."""
+        raw = await self._redis.hget(keys.batch(batch_id), "json")  # type: ignore[misc]
+        pipe = self._redis.pipeline()
+        if raw is not None:
+            tenant = orjson.loads(raw)["tenant"]
+            pipe.zrem(keys.batches_of(tenant), batch_id)
+            pipe.srem(keys.open_batches_of(tenant), batch_id)
+        pipe.zrem(keys.BATCHES, batch_id)
+        pipe.zrem(keys.OPEN_BATCHES, batch_id)
+        pipe.hdel(keys.BATCH_TICKS, batch_id)
+        pipe.delete(keys.batch(batch_id))
+        await pipe.execute()
+
     async def num_open(self, tenant: str) -> int:
         """Batches of a tenant that have not ended."""
         return int(await self._redis.scard(keys.open_batches_of(tenant)))  # type: ignore[misc]

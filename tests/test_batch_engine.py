@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from fastchat_q.api import batch_lines, batch_run, batch_tick, orchestrator
 from fastchat_q.api.batch_lines import Lines, RawLine, lines_at
 from fastchat_q.api.batch_tick import Driver
 from fastchat_q.api.catalog import Catalog
+from fastchat_q.api.remote_images import Fetcher
 from redis.asyncio import Redis
 
-from fastchat_q import keys, operations
+from fastchat_q import batches, keys, operations
 from fastchat_q.batches import Batch, Batches, Manifest, new_batch_id
 from fastchat_q.connection import connect
-from fastchat_q.errors import StorageFullError, StorageUnavailableError
+from fastchat_q.errors import InvalidRequestError, StorageFullError, StorageUnavailableError, UnknownBatchError
 from fastchat_q.files import Files, object_key
 from fastchat_q.ledger import Ledger
 from fastchat_q.queue import Queue
@@ -231,6 +233,36 @@ async def test_who_loses_the_lease_puts_no_files_together(bench: Bench, monkeypa
     assert (await bench.drive(batch_id)).state == "completed"
 
 
+async def test_slow_images_are_fetched_side_by_side_and_cost_no_lease(
+    queue_redis: "Redis", folder: Path, monkeypatch: Any
+) -> None:
+    class Slow(Fetcher):
+        async def fetch_all(self, named: Iterable[tuple[str, str]]) -> dict[str, bytes]:
+            await asyncio.sleep(1.5)
+            raise InvalidRequestError("It is not there.", param="messages", code="image_not_fetched")
+
+    monkeypatch.setattr(batches, "LEASE_MS", 500)
+    monkeypatch.setattr(batch_tick, "KEEP_S", 0.1)
+    monkeypatch.setattr(batch_run, "check_can_do", lambda *_: None)
+    bench = Bench(queue_redis, folder, allow_remote_images=True)
+    image = {"type": "image_url", "image_url": {"url": "https://images.example/a.png"}}
+    some = [line(n) for n in range(8)]
+    for one in some:
+        one["body"]["messages"][0]["content"] = [image]
+    batch_id = await bench.create(jsonl(some))
+    fetching = replace(bench.driver(), fetcher=Slow(1000))
+    began = time.monotonic()
+    driving = asyncio.create_task(bench.drive(batch_id, fetching))
+    await asyncio.sleep(1.2)
+    assert await bench.driver().advance(batch_id) is None, "it is driven"
+    batch = await driving
+    assert batch.ended is not None
+    assert batch.ended.failed == 8
+    assert time.monotonic() - began < 8 * 1.5
+    errors = await bench.content(batch.ended.error_file_id)
+    assert {one["response"]["body"]["error"]["code"] for one in errors} == {"image_not_fetched"}
+
+
 async def test_a_batch_goes_on_after_redis_lost_everything(bench: Bench, worker_stack: Stack, monkeypatch: Any) -> None:
     monkeypatch.setattr(batch_run, "COMMIT_LINES", 2)
     count = 60
@@ -439,6 +471,22 @@ async def test_a_batch_whose_input_is_gone_ends_with_what_it_has(
     assert [one["code"] for one in (seen["errors"] or {"data": []})["data"]] == ([] if cancel else ["file_not_found"])
     assert seen[f"{state}_at"] >= seen["in_progress_at"]
     assert await bench.batches.open_ids() == ()
+
+
+async def test_a_batch_that_the_storage_does_not_know_leaves_the_indexes(bench: Bench) -> None:
+    batch_id = await bench.create(jsonl([line(0)]))
+    await bench.storage.delete([f"batches/{batch_id}/manifest.json"])
+    ours = await bench.redis.getset(keys.FILE_STORAGE, "another")
+    assert await bench.driver().advance(batch_id) is None
+    assert await bench.batches.num_open("default") == 1, "the other storage may have it"
+    await bench.redis.set(keys.FILE_STORAGE, ours)
+    assert await bench.driver().advance(batch_id) is None
+    assert await bench.batches.num_open("default") == 0
+    assert await bench.batches.open_ids() == ()
+    assert await bench.batches.list("default", None, 10) == ([], False)
+    assert await bench.batches.list(None, None, 10) == ([], False)
+    with pytest.raises(UnknownBatchError):
+        await bench.batches.get(batch_id, "default")
 
 
 async def test_a_process_that_is_behind_does_not_take_back_what_clients_see(bench: Bench) -> None:

@@ -2,14 +2,23 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import orjson
+from arq.connections import ArqRedis
+from arq.constants import default_queue_name
 from fastchat_q.api import orchestrator
+from fastchat_q.api.orchestrator import NAMED_S, find_batches, make_driver
 from redis.asyncio import Redis
 
 from fastchat_q import keys
+from fastchat_q.batches import Manifest, new_batch_id
+from fastchat_q.files import new_file_id
 from fastchat_q.queue import Queue
 from fastchat_q.registry import ModelCard, Registration, Registry
+from fastchat_q.settings import Settings
+from fastchat_q.tenants import ANONYMOUS
 
 from .protocol import MODEL, NAMES, claim, enqueue, expire_lease, finish
 from .servers import RedisServer, wait_until
@@ -44,6 +53,27 @@ async def test_a_tick_removes_long_idle_consumers_but_never_one_with_pending_ent
     assert removed == 1
     [left] = await redis.xinfo_consumers(NAMES.stream("hi"), keys.GROUP)
     assert left["name"] == b"busy"
+
+
+async def test_a_tick_that_died_before_it_counted_itself_holds_up_its_batch_for_seconds_only(
+    redis: "Redis", folder: Path
+) -> None:
+    now = [1_800_000_000.0]
+    driver = replace(make_driver(redis, Settings(state_dir=folder)), clock=lambda: now[0])
+    batch_id = new_batch_id()
+    await driver.batches.create(
+        Manifest(batch_id, ANONYMOUS.model_dump(mode="json"), new_file_id(), "/v1/completions", "24h", 0, 1)
+    )
+    pool = ArqRedis(connection_pool=redis.connection_pool, job_serializer=orjson.dumps)
+    ctx = {"driver": driver, "redis": pool}
+
+    async def named() -> int:
+        await find_batches(ctx)
+        return int(await redis.zcard(default_queue_name))
+
+    assert [await named(), await named()] == [1, 1], "one waits, or has died with arq's mark on it"
+    now[0] += NAMED_S
+    assert [await named(), await named()] == [2, 2]
 
 
 async def test_the_process_ticks_at_once_says_that_it_lives_and_pickles_nothing(
