@@ -3,13 +3,14 @@
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import BaseModel
 
 from fastchat_q.jobs import Job
+from fastchat_q.settings import Settings
 
-from .guard import INLINE_BYTES
+from .guard import INLINE_BYTES, check_rest
 from .media import Images
 from .render import View
 
@@ -44,3 +45,20 @@ async def off_the_loop_if_large(size: int, function: Callable[..., Asked], *args
     if size <= INLINE_BYTES:
         return function(*args)
     return await asyncio.to_thread(function, *args)
+
+
+class _Body(Protocol):
+    def to_job(self, images: Images) -> Job: ...
+
+
+def job_with_images(body: _Body, settings: Settings, size: int) -> tuple[Job, Images]:
+    """The job of a body of ``size`` bytes, and its images.
+
+    Raises:
+        InvalidRequestError: an image cannot be taken.
+        RequestTooLargeError: the body is too large without its images.
+    """
+    images = Images.within(settings)
+    job = body.to_job(images)
+    check_rest(size, images.url_bytes, settings.max_body_bytes)
+    return job, images

@@ -1,12 +1,14 @@
 """From a parsed request to its answer: admitted, queued as a job, and rendered. The line that all endpoints share."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import orjson
 from fastapi import Request
 from fastapi.responses import Response
+from pydantic import BaseModel
 
 from fastchat_q.abilities import check_can_do
 from fastchat_q.errors import FastchatQError, InvalidRequestError
@@ -16,12 +18,13 @@ from fastchat_q.keys import public_job_id, slug
 from fastchat_q.loops import PreemptedError, unless
 from fastchat_q.queue import KEEP_S, Terms
 from fastchat_q.records import read_record
+from fastchat_q.settings import Settings
 from fastchat_q.tenants import Caller
 from fastchat_q.tokens import read
 
 from . import answers, render
 from .admission import admit, resolve
-from .asked import Asked
+from .asked import Asked, off_the_loop_if_large
 from .auth import caller_of
 from .limits import NOTHING, Reservation
 from .problems import error_response
@@ -33,6 +36,13 @@ CLIENT_CLOSED_REQUEST = 499
 MAX_IDEMPOTENCY_KEY = 255
 MODEL_HEADER = "x-fastchat-q-model"
 """The model that the answer is of; the body names what was asked for, which may be an alias."""
+
+
+async def ask(request: Request, body: BaseModel, asked: Callable[[Any, Settings, int], Asked]) -> Response:
+    """Answers a body, given what makes of it, the settings and its size in bytes what it asks for."""
+    settings = service_of(request).settings
+    size = len(await request.body())
+    return await answer(request, await off_the_loop_if_large(size, asked, body, settings, size))
 
 
 async def answer(request: Request, asked: Asked) -> Response:

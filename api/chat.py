@@ -7,13 +7,10 @@ from fastapi.responses import Response
 
 from fastchat_q.settings import Settings
 
-from .asked import Asked, off_the_loop_if_large
-from .asking import answer
-from .guard import check_rest
-from .media import Images
+from .asked import Asked, job_with_images
+from .asking import ask
 from .render import View
 from .schemas import ChatRequest
-from .service import service_of
 
 router = APIRouter(tags=["chat"])
 
@@ -25,9 +22,7 @@ router = APIRouter(tags=["chat"])
 )
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Queues the request as a job and answers with what a worker makes of it."""
-    settings = service_of(request).settings
-    size = len(await request.body())
-    return await answer(request, await off_the_loop_if_large(size, asked, body, settings, size))
+    return await ask(request, body, asked)
 
 
 def asked(body: ChatRequest, settings: Settings, size: int) -> Asked:
@@ -40,9 +35,7 @@ def asked(body: ChatRequest, settings: Settings, size: int) -> Asked:
         InvalidRequestError: an image cannot be taken.
         RequestTooLargeError: the body is too large without its images.
     """
-    images = Images(settings.max_images, settings.max_image_bytes, remote=settings.allow_remote_images)
-    job = body.to_job(images)
-    check_rest(size, images.url_bytes, settings.max_body_bytes)
+    job, images = job_with_images(body, settings, size)
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     view = View(job.id, job.model, int(time.time()), job.lane, include_usage, n=job.sampling.n)
     return Asked(

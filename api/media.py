@@ -7,10 +7,12 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 from fastchat_q.errors import InvalidRequestError
 from fastchat_q.images import KINDS, media_type
 from fastchat_q.jobs import Job, Message, Part
+from fastchat_q.settings import Settings
 
 from .remote_images import Fetcher
 
@@ -37,6 +39,11 @@ class Images:
     url_bytes: int = 0
     """Bytes of the data URLs so far, as they came."""
     _count: int = 0
+
+    @classmethod
+    def within(cls, settings: Settings) -> Self:
+        """None yet, with the limits of a server."""
+        return cls(settings.max_images, settings.max_image_bytes, remote=settings.allow_remote_images)
 
     def add(self, url: str, param: str) -> str:
         """Takes an image in and returns its digest; ``param`` names it in errors.

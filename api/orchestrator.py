@@ -39,9 +39,9 @@ log = structlog.get_logger()
 
 TICK_TIMEOUT_S = 30
 ADVANCE_TIMEOUT_S = 900
-"""Bounds on ticks. One of a batch ends after some 15 s, but to read a large input, or to put its files together, takes
-as long as the storage needs. After a crash arq keeps its own mark on a tick for as long as that: a batch does not wait
-for it, for its next tick has another name."""
+"""Bounds on ticks. One of a batch ends after some 15 s, but to read a large input, to put its files together, or to
+find all batches again, takes as long as the storage needs. After a crash arq keeps its own mark on a tick for so long:
+a batch does not wait for it, for its next tick has another name."""
 NAMED_S = 15
 """So long the next tick keeps its name. A process that is killed when arq has made its mark, but the tick has not yet
 counted itself, holds up the batch no longer."""
@@ -88,7 +88,7 @@ def run(settings: Settings) -> None:
         cron_jobs=[
             cron(housekeeping, second={0, 30}, run_at_startup=True, timeout=TICK_TIMEOUT_S, unique=True),
             cron(tidy_files, second={15, 45}, run_at_startup=True, timeout=TICK_TIMEOUT_S, unique=True),
-            cron(find_batches, second=set(range(60)), run_at_startup=True, timeout=TICK_TIMEOUT_S, unique=True),
+            cron(find_batches, second=set(range(60)), run_at_startup=True, timeout=ADVANCE_TIMEOUT_S, unique=True),
         ],
         max_jobs=MAX_TICKS,
         poll_delay=POLL_S,
@@ -119,15 +119,22 @@ def make_driver(redis: "Redis", settings: Settings) -> Driver:
 
 
 async def find_batches(ctx: dict[str, Any]) -> None:
-    """Has each open batch that nobody drives driven; brings all back if Redis lost its data."""
+    """Has each open batch that nobody drives driven; then brings all back if Redis lost its data.
+
+    While that takes its time, the ticks that begin meanwhile drive what is back.
+    """
     batches: Batches = ctx["driver"].batches
-    if not await batches.are_ours():
+    try:
+        if not await batches.are_ours():
+            return
+        for batch_id, tick in await batches.idle(await batches.open_ids()):
+            await _next_tick(ctx, batch_id, tick)
+        found = await batches.reindex()
+    except StorageUnavailableError as error:
+        log.warning("batches were not looked for", error=error.message)
         return
-    found = await batches.reindex()
     if found:
         log.info("batches are back from the storage", batches=found)
-    for batch_id, tick in await batches.idle(await batches.open_ids()):
-        await _next_tick(ctx, batch_id, tick)
 
 
 async def advance_batch(ctx: dict[str, Any], batch_id: str) -> None:

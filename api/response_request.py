@@ -347,7 +347,7 @@ def asked(body: ResponseRequest, settings: Settings, size: int, context: Context
         InvalidRequestError: an image or an item cannot be taken.
         RequestTooLargeError: the body, or the whole conversation, is too large without its images.
     """
-    images = Images(settings.max_images, settings.max_image_bytes, remote=settings.allow_remote_images)
+    images = Images.within(settings)
     for part in image_parts(context.items):
         images.take(part["image_url"], part["blob"], context.blobs, "previous_response_id")
     given = keep_all(body.input, images, context.references, context.blobs, context.items)

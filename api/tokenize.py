@@ -16,14 +16,13 @@ from fastchat_q.jobs import Job, Message
 from fastchat_q.settings import Settings
 
 from .asked import Asked
-from .asking import answer
+from .asking import answer, ask
 from .fields import Strict, Text, field_error, without_neutral
 from .guard import check_rest
 from .media import Images
 from .messages import ChatMessage
 from .parameters import MAX_TOOLS, TemplateArguments, TokenId
 from .render import Form, View
-from .service import service_of
 from .tools import Tool
 
 MAX_TOKENS = 2**20
@@ -78,7 +77,7 @@ class DetokenizeRequest(Strict):
 @router.post("/tokenize", summary="Tokenize a prompt or messages")
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """Answers `count`, `max_model_len`, `tokens` and, if asked for, `token_strs`."""
-    return await answer(request, asked(body, service_of(request).settings, len(await request.body())))
+    return await ask(request, body, asked)
 
 
 @router.post("/detokenize", summary="Make text of token ids")
@@ -99,7 +98,7 @@ def asked(body: TokenizeRequest, settings: Settings, size: int) -> Asked:
         RequestTooLargeError: the body is too large without its images.
     """
     tells: Literal["ids", "strings"] = "strings" if body.return_token_strs else "ids"
-    images = Images(settings.max_images, settings.max_image_bytes, remote=settings.allow_remote_images)
+    images = Images.within(settings)
     messages = [message.to_message(images, f"messages[{number}]") for number, message in enumerate(body.messages or ())]
     check_rest(size, images.url_bytes, settings.max_body_bytes)
     job = Job(

@@ -19,6 +19,7 @@ from ulid import ULID
 from . import keys, scripts
 from .errors import InvalidRequestError, UnknownBatchError
 from .ledger import PREFIX, Head, Ledger
+from .loops import each
 from .storage import AlreadyExistsError, MissingObjectError, Storage
 from .storage_identity import StorageIdentity
 from .tenants import Caller
@@ -194,6 +195,7 @@ class Batches:
         self.storage = storage
         self._redis, self._clock = redis, clock
         self._identity = StorageIdentity(redis, storage)
+        self._reindexing = False
 
     async def create(self, manifest: Manifest) -> Batch:
         """Durable when this returns.
@@ -332,18 +334,31 @@ class Batches:
         return tuple([batch_id.decode() for batch_id in await self._redis.zrange(keys.OPEN_BATCHES, 0, -1)])
 
     async def reindex(self) -> int:
-        """If Redis lost its data: brings all batches back from the storage; returns how many."""
+        """If Redis lost its data: brings all batches back from the storage, the newest first; returns how many.
+
+        It takes as long as the storage needs; cut off, it goes on with those that are not back. One that cannot be
+        read is passed over.
+        """
         storage_id = await self._identity.ours()
-        if not storage_id or await self._redis.get(keys.BATCHES_INDEXED) == storage_id:
+        if not storage_id or self._reindexing or await self._redis.get(keys.BATCHES_INDEXED) == storage_id:
             return 0
-        found = {key.split("/")[1] async for key, _ in self.storage.list(PREFIX) if key.endswith("/manifest.json")}
-        for batch_id in sorted(found):
-            try:
-                await self.show(await self.load(batch_id))
-            except (UnknownBatchError, ValueError, TypeError) as error:
-                log.error("a batch cannot be read", batch=batch_id, error=repr(error))
-        await self._redis.set(keys.BATCHES_INDEXED, storage_id)
-        return len(found)
+        self._reindexing = True
+        try:
+            found = {key.split("/")[1] async for key, _ in self.storage.list(PREFIX) if key.endswith("/manifest.json")}
+            back = await each(sorted(found, reverse=True), self._bring_back)
+            await self._redis.set(keys.BATCHES_INDEXED, storage_id)
+        finally:
+            self._reindexing = False
+        return sum(back)
+
+    async def _bring_back(self, batch_id: str) -> bool:
+        if await self._redis.exists(keys.batch(batch_id)):
+            return False
+        try:
+            return await self.show(await self.load(batch_id))
+        except (UnknownBatchError, ValueError, TypeError, LookupError, AttributeError) as error:
+            log.error("a batch cannot be read", batch=batch_id, error=repr(error))
+            return False
 
     async def idle(self, batch_ids: Sequence[str]) -> Sequence[tuple[str, int]]:
         """Those that nobody drives at the moment, each with the number of its next tick."""

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import structlog
@@ -12,10 +12,12 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
 log = structlog.get_logger()
+S = TypeVar("S")
 T = TypeVar("T")
 
 AWAY = (RedisError, OSError)
 """What a Redis call raises while the server is away or restarts."""
+AT_A_TIME = 16
 RECONNECT_S = 0.2
 PULSE_S = 3.0
 """A subscription must answer a ping within this time."""
@@ -52,6 +54,18 @@ async def unless(interruption: Awaitable[object], work: Awaitable[T]) -> T:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def each(items: Sequence[S], work: Callable[[S], Awaitable[T]]) -> Sequence[T]:
+    """Does ``work`` with each item, a few at a time, in order; what one raises comes out when those few have ended."""
+    done: list[T] = []
+    for start in range(0, len(items), AT_A_TIME):
+        some = await asyncio.gather(*(work(item) for item in items[start : start + AT_A_TIME]), return_exceptions=True)
+        for one in some:
+            if isinstance(one, BaseException):
+                raise one
+            done.append(one)
+    return done
 
 
 async def every(period_s: float, action: Callable[[], Awaitable[object]], what: str) -> None:

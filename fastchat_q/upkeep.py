@@ -3,26 +3,22 @@
 Each step may be repeated, cut off at any point, and run in several processes at once.
 """
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from redis.asyncio import Redis
 from ulid import ULID
 
 from . import keys
 from .files import BYTES_PREFIX, FILE_ID, RECORD_PREFIX, FileRecord, Files, object_key, record_key
-
-T = TypeVar("T")
+from .loops import each
 
 COMPARE_EVERY_S = 3600
 LEFTOVER_AFTER_S = 24 * 3600
 """What no record speaks of is an upload that goes on, until it is so old."""
 MAX_EXPIRED = 1000
 """Expired files that one tick deletes."""
-AT_A_TIME = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +48,7 @@ async def tick(files: Files, redis: "Redis", clock: Callable[[], float] = time.t
 async def _expire(files: Files, redis: "Redis", now: float) -> int:
     ids = [i.decode() for i in await redis.zrangebyscore(keys.FILE_EXPIRY, "-inf", now, start=0, num=MAX_EXPIRED)]
     records = await files.indexed(ids)
-    await _each(records, files.remove)
+    await each(records, files.remove)
     return len(records)
 
 
@@ -72,8 +68,8 @@ async def _compare(files: Files, now: float) -> tuple[int, int, int]:
         if await files.storage.size(record_key(record.id)) is None:
             await files.forget(record)
 
-    await _each(sorted(lost), bring_back)
-    await _each(await files.indexed(gone), forget_if_deleted)
+    await each(sorted(lost), bring_back)
+    await each(await files.indexed(gone), forget_if_deleted)
     return len(lost), len(gone), await _remove_leftovers(files, stored, now)
 
 
@@ -99,8 +95,3 @@ async def _ids_under(files: Files, prefix: str) -> AsyncIterator[str]:
 
 def _made_at(file_id: str) -> float:
     return ULID.from_str(file_id.removeprefix("file-")).timestamp
-
-
-async def _each(items: Sequence[T], work: Callable[[T], Awaitable[None]]) -> None:
-    for start in range(0, len(items), AT_A_TIME):
-        await asyncio.gather(*(work(item) for item in items[start : start + AT_A_TIME]))

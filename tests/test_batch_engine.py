@@ -1,6 +1,8 @@
 """What drives batches, in this process, so that it can be killed at any point; storage, Redis and workers are real."""
 
 import asyncio
+import dataclasses
+import json
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import replace
@@ -15,7 +17,7 @@ from fastchat_q.api.catalog import Catalog
 from fastchat_q.api.remote_images import Fetcher
 from redis.asyncio import Redis
 
-from fastchat_q import batches, keys, operations
+from fastchat_q import batches, keys, loops, operations
 from fastchat_q.batches import Batch, Batches, Manifest, new_batch_id
 from fastchat_q.connection import connect
 from fastchat_q.errors import InvalidRequestError, StorageFullError, StorageUnavailableError, UnknownBatchError
@@ -281,6 +283,43 @@ async def test_a_batch_goes_on_after_redis_lost_everything(bench: Bench, worker_
     assert worker_stack.job_keys("slow") == [], "what was answered is gone from Redis"
 
 
+async def test_batches_come_back_newest_first_and_go_on_meanwhile(bench: Bench, monkeypatch: Any) -> None:
+    made = [await bench.create(jsonl([line(0)])) for _ in range(3)]
+    for number, junk in enumerate((b"", b"[]", b"{}", b'{"caller": {}}')):
+        await bench.storage.put(f"batches/batch_{number}/manifest.json", junk)
+    unread = dataclasses.asdict((await bench.batches.load(made[0])).manifest) | {"id": "batch_9", "caller": {}}
+    await bench.storage.put("batches/batch_9/manifest.json", json.dumps(unread).encode())
+    await bench.redis.flushall()
+    monkeypatch.setattr(loops, "AT_A_TIME", 1)
+    load, begun, go_on = bench.batches.load, asyncio.Event(), asyncio.Event()
+
+    async def slow_load(batch_id: str) -> Batch:
+        if batch_id == made[0]:
+            begun.set()
+            await go_on.wait()
+        return await load(batch_id)
+
+    monkeypatch.setattr(bench.batches, "load", slow_load)
+    asked: list[str] = []
+
+    class Asked:
+        async def enqueue_job(self, _: str, batch_id: str, **__: Any) -> None:
+            asked.append(batch_id)
+
+    context = {"driver": bench.driver(), "redis": Asked()}
+    finding = asyncio.create_task(orchestrator.find_batches(context))
+    await asyncio.wait_for(begun.wait(), 20)
+    await asyncio.wait_for(orchestrator.find_batches(context), 20)
+    assert sorted(asked) == made[1:], "the oldest one is not back yet"
+    finding.cancel()
+    await asyncio.gather(finding, return_exceptions=True)
+    assert not await bench.redis.exists(keys.BATCHES_INDEXED)
+    go_on.set()
+    assert await bench.batches.reindex() == 1, "what was cut off goes on"
+    assert sorted(await bench.batches.open_ids()) == made
+    assert await bench.redis.exists(keys.BATCHES_INDEXED)
+
+
 async def test_a_process_with_another_storage_neither_takes_nor_drives_nor_forgets_batches(
     bench: Bench, folder: Path
 ) -> None:
@@ -300,8 +339,10 @@ async def test_a_process_with_another_storage_neither_takes_nor_drives_nor_forge
     assert await bench.batches.open_ids() == (batch_id,)
     await bench.redis.set(keys.FILE_STORAGE, "another")  # the storage was changed on purpose, and later back
     assert await elsewhere.batches.reindex() == 0
+    assert await bench.redis.get(keys.BATCHES_INDEXED) == b"another"
     await bench.redis.delete(keys.FILE_STORAGE)
-    assert await bench.batches.reindex() == 1, "the indexes may be the other's"
+    await bench.batches.reindex()
+    assert await bench.redis.get(keys.BATCHES_INDEXED) == await bench.storage.get("storage-id")
 
 
 async def test_jobs_that_redis_lost_are_enqueued_again_within_a_tick(bench: Bench, worker_stack: Stack) -> None:

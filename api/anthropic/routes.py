@@ -7,12 +7,9 @@ from fastapi.responses import Response
 
 from fastchat_q.settings import Settings
 
-from ..asked import Asked, off_the_loop_if_large
-from ..asking import answer
-from ..guard import check_rest
-from ..media import Images
+from ..asked import Asked, job_with_images
+from ..asking import ask
 from ..render import View
-from ..service import service_of
 from .request import MessageRequest
 
 router = APIRouter(tags=["anthropic"])
@@ -25,9 +22,7 @@ router = APIRouter(tags=["anthropic"])
 )
 async def create_message(body: MessageRequest, request: Request) -> Response:
     """Queues the request as a job and answers with what a worker makes of it, as Anthropic's Messages API does."""
-    settings = service_of(request).settings
-    size = len(await request.body())
-    return await answer(request, await off_the_loop_if_large(size, asked, body, settings, size))
+    return await ask(request, body, asked)
 
 
 def asked(body: MessageRequest, settings: Settings, size: int) -> Asked:
@@ -40,9 +35,7 @@ def asked(body: MessageRequest, settings: Settings, size: int) -> Asked:
         InvalidRequestError: an image cannot be taken.
         RequestTooLargeError: the body is too large without its images.
     """
-    images = Images(settings.max_images, settings.max_image_bytes, remote=settings.allow_remote_images)
-    job = body.to_job(images)
-    check_rest(size, images.url_bytes, settings.max_body_bytes)
+    job, images = job_with_images(body, settings, size)
     omit = body.thinking is not None and body.thinking.display == "omitted"
     extra = {"max_tokens": body.max_tokens} | ({"omit_thinking": True} if omit else {})
     view = View(job.id, job.model, int(time.time()), job.lane, form="message", extra=extra)

@@ -7,11 +7,8 @@ from fastapi.responses import Response
 
 from fastchat_q.settings import Settings
 
-from ..asked import Asked, off_the_loop_if_large
-from ..asking import answer
-from ..guard import check_rest
-from ..media import Images
-from ..service import service_of
+from ..asked import Asked, job_with_images
+from ..asking import ask
 from ..tokenize import asked_count
 from .request import CountRequest
 
@@ -21,9 +18,7 @@ router = APIRouter(tags=["anthropic"])
 @router.post("/v1/messages/count_tokens", summary="Count the tokens of a message's prompt")
 async def count_tokens(body: CountRequest, request: Request) -> Response:
     """Answers `input_tokens`: of the very prompt that the same message would have."""
-    settings = service_of(request).settings
-    size = len(await request.body())
-    return await answer(request, await off_the_loop_if_large(size, asked, body, settings, size))
+    return await ask(request, body, asked)
 
 
 def asked(body: CountRequest, settings: Settings, size: int) -> Asked:
@@ -36,9 +31,7 @@ def asked(body: CountRequest, settings: Settings, size: int) -> Asked:
         InvalidRequestError: an image cannot be taken.
         RequestTooLargeError: the body is too large without its images.
     """
-    images = Images(settings.max_images, settings.max_image_bytes, remote=settings.allow_remote_images)
-    job = body.to_job(images)
-    check_rest(size, images.url_bytes, settings.max_body_bytes)
+    job, images = job_with_images(body, settings, size)
     tools = () if job.tool_choice == "none" else job.tools  # the chat's prompt leaves them out then
     found = asked_count(
         body,
