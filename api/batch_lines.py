@@ -15,6 +15,7 @@ from fastchat_q.storage import Storage
 
 from .asked import Asked
 from .endpoints import ENDPOINTS
+from .guard import check_json
 from .render import View
 
 BLOCK = 1024 * 1024
@@ -151,7 +152,7 @@ def envelope(line: RawLine, endpoint: str) -> Envelope:
     if not line.raw:
         raise LineError("line_too_long", f"The line has {line.size} bytes, which is more than a request may have.")
     try:
-        found = orjson.loads(line.raw.removeprefix(BOM) if line.number == 1 else line.raw)
+        found = orjson.loads(_json(line))
     except orjson.JSONDecodeError as error:
         raise LineError("invalid_json_line", f"This line is not parseable as valid JSON: {error}.") from None
     if not isinstance(found, dict):
@@ -179,6 +180,24 @@ def envelope(line: RawLine, endpoint: str) -> Envelope:
     if body.get("stream"):
         raise LineError("unsupported_parameter", "Batches do not stream: leave 'stream' out.", "body.stream")
     return Envelope(custom_id, body, model)
+
+
+def checked_envelope(line: RawLine, endpoint: str) -> Envelope:
+    """Reads a line for the first time, as strictly as a body over HTTP is read.
+
+    Raises:
+        LineError: it is no request of this batch, or has a name twice in one object.
+    """
+    found = envelope(line, endpoint)
+    try:
+        check_json(_json(line))
+    except InvalidRequestError as error:
+        raise LineError("invalid_json_line", error.message) from None
+    return found
+
+
+def _json(line: RawLine) -> bytes:
+    return line.raw.removeprefix(BOM) if line.number == 1 else line.raw
 
 
 def job_id(batch_id: str, number: int) -> str:

@@ -10,7 +10,7 @@ from fastchat_q.settings import Settings
 from fastchat_q.storage import MissingObjectError, Storage
 
 from .admission import admit
-from .batch_lines import LineError, Lines, RawLine, envelope, max_line, no_such_input
+from .batch_lines import LineError, Lines, RawLine, checked_envelope, max_line, no_such_input
 from .catalog import Catalog
 
 MAX_ERRORS = 100
@@ -60,7 +60,10 @@ class Validation:
     async def _look_at(self, line: RawLine) -> None:
         try:
             endpoint = self._batch.manifest.endpoint
-            found = envelope(line, endpoint) if line.size < LARGE else await asyncio.to_thread(envelope, line, endpoint)
+            large = line.size >= LARGE
+            found = (
+                await asyncio.to_thread(checked_envelope, line, endpoint) if large else checked_envelope(line, endpoint)
+            )
             digest = hash(found.custom_id)
             if digest in self._seen:
                 raise LineError(

@@ -1,7 +1,12 @@
 """``fastchat-q batch``: many requests in a file, done when there is room. It is a client of the API server."""
 
+import errno
 import json
+import os
+import shutil
+import stat
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +43,9 @@ AWAY_S = 60.0
 """A watched batch goes on without us: a server that is away may come back for so long."""
 UNFINISHED = frozenset({"validating", "in_progress", "finalizing", "cancelling"})
 MAX_LINE = 32 * 1024 * 1024
+STDIN = Path("-")
+STORED_S = 600.0
+"""An upload that has been sent is stored by then."""
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="As `batch create` and `batch ls` print it.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Follow it to its end.")]
@@ -53,7 +61,9 @@ class _Readable(Protocol):
 
 @app.command()
 def create(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines, as OpenAI's Batch API takes them.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="JSON lines, as OpenAI's Batch API takes them; -: stdin.")
+    ],
     endpoint: Annotated[
         str | None, typer.Option("--endpoint", help="Such as /v1/chat/completions. [default: the first line's url]")
     ] = None,
@@ -71,22 +81,21 @@ def create(
     state_dir: StateDir = None,
 ) -> None:
     """Upload a file and have its requests done."""
+    from .client import ANSWER_S
+
     pairs = _pairs(metadata or [])
     server = _server(state_dir, base_url, api_key)
-    try:
-        opened = file.open("rb")
-    except OSError as error:
-        fail(f"{file}: {error.strerror}.", EXIT_USAGE)
-    with opened:
+    with _opened(file) as opened:
         url = endpoint or _first_url(file, opened)
 
         def make(api: "Api") -> dict[str, Any]:
-            with _uploading(opened, file) as content:
+            with _uploading(opened) as content:
                 lines: _Readable = _Asking(content, model) if model else content
-                parts = {"file": (file.name, lines, "application/jsonl")}
-                uploaded = api.call("POST", "/v1/files", data={"purpose": "batch"}, files=parts)
+                parts = {"file": ("stdin.jsonl" if file == STDIN else file.name, lines, "application/jsonl")}
+                purpose = {"purpose": "batch"}
+                uploaded = api.call("POST", "/v1/files", data=purpose, files=parts, timeout=STORED_S)
             body = {"input_file_id": uploaded["id"], "endpoint": url, "completion_window": window, "metadata": pairs}
-            batch: dict[str, Any] = api.post("/v1/batches", body)
+            batch: dict[str, Any] = api.post("/v1/batches", body, timeout=ANSWER_S)
             return batch
 
         batch = _with(server, make)
@@ -104,19 +113,22 @@ def create(
 @app.command("ls")
 def list_batches(
     limit: Annotated[int, typer.Option("--limit", min=1, max=100)] = 20,
+    after: Annotated[
+        str | None, typer.Option("--after", metavar="ID", help="Those that are older than this one.")
+    ] = None,
     as_json: AsJson = False,
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
     state_dir: StateDir = None,
 ) -> None:
     """The latest batches, the newest first."""
-    found = _with(_server(state_dir, base_url, api_key), lambda api: api.get("/v1/batches", limit=limit))
+    found = _with(_server(state_dir, base_url, api_key), lambda api: api.get("/v1/batches", limit=limit, after=after))
     if as_json:
         print_json(found)
         return
     print_table(("id", "status", "done", "failed", "total", "endpoint", "age"), [_row(one) for one in found["data"]])
     if found["has_more"]:
-        say(f"There are more. See further with --limit (now {limit}).")
+        say(f"There are more. See further with --after {found['last_id']}.")
 
 
 @app.command()
@@ -147,6 +159,7 @@ def results(
     state_dir: StateDir = None,
 ) -> None:
     """Print the answers: all of them, or of a batch that still runs those that are there."""
+    from .client import SILENCE_S
 
     def fetch(api: "Api") -> None:
         found = _read(api, batch)
@@ -160,7 +173,7 @@ def results(
         else:
             say(f"The batch ({found['status']}) has no {'errors' if errors else 'output'}.")
             return
-        with api.open("GET", path) as response, _target(output) as target:
+        with api.open("GET", path, timeout=SILENCE_S) as response, _target(output) as target:
             for chunk in response.iter_bytes():
                 target.write(chunk)
 
@@ -176,7 +189,10 @@ def cancel(
     state_dir: StateDir = None,
 ) -> None:
     """End a batch. What it has answered stays."""
-    found = _with(_server(state_dir, base_url, api_key), lambda api: api.post(f"/v1/batches/{batch}/cancel"))
+    from .client import ANSWER_S
+
+    path = f"/v1/batches/{batch}/cancel"
+    found = _with(_server(state_dir, base_url, api_key), lambda api: api.post(path, timeout=ANSWER_S))
     print_json(found) if as_json else _show(found)
 
 
@@ -200,7 +216,7 @@ class _Asking:
             chunk = self._file.read(size if size > 0 else 1 << 16)
             *lines, self._rest = (self._rest + chunk).split(b"\n")
             if not chunk:
-                lines, self._rest = [self._rest], b""
+                lines, self._rest = [self._rest] if self._rest else [], b""
             self._ready = b"".join(self._changed(line) for line in lines)
             if not chunk:
                 break
@@ -209,11 +225,18 @@ class _Asking:
 
     def _changed(self, line: bytes) -> bytes:
         try:
-            request = json.loads(line)
+            request = json.loads(line, object_pairs_hook=_each_once)
             request["body"]["model"] = self._model
-        except (ValueError, TypeError, KeyError):
-            return line + b"\n" if line.strip() else b""  # the server says what is wrong with it, and where
-        return json.dumps(request, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+            return json.dumps(request, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return line + b"\n"  # the server says what is wrong with it, and where
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return found
 
 
 def _pairs(words: list[str]) -> dict[str, str]:
@@ -227,11 +250,11 @@ def _pairs(words: list[str]) -> dict[str, str]:
 
 
 def _first_url(path: Path, file: BinaryIO) -> str:
-    line = file.readline(MAX_LINE)
+    line = next((line for line in iter(lambda: file.readline(MAX_LINE), b"") if line.strip()), b"")
     file.seek(0)
     try:
         url = json.loads(line)["url"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         url = None
     if not isinstance(url, str):
         fail(
@@ -260,9 +283,26 @@ def _read(api: "Api", batch: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _uploading(file: BinaryIO, path: Path) -> Iterator[_Readable]:
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file that can be read more than once: what comes through a pipe is put into one first."""
+    try:
+        source = sys.stdin.buffer if path == STDIN else path.open("rb")
+        with source:
+            if path != STDIN and source.seekable():
+                yield source
+                return
+            with tempfile.TemporaryFile() as whole:
+                shutil.copyfileobj(source, whole)
+                whole.seek(0)
+                yield whole
+    except OSError as error:
+        fail(f"{path}: {error.strerror}.", EXIT_USAGE)
+
+
+@contextmanager
+def _uploading(file: BinaryIO) -> Iterator[_Readable]:
     """The file, with a bar on a terminal."""
-    size = path.stat().st_size
+    size = os.fstat(file.fileno()).st_size
     if not sys.stderr.isatty():
         yield file
         return
@@ -275,16 +315,35 @@ def _uploading(file: BinaryIO, path: Path) -> Iterator[_Readable]:
 
 @contextmanager
 def _target(output: Path | None) -> Iterator[BinaryIO]:
-    if output is None:
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-        return
+    """What results are written to. A file has its name when it is whole."""
     try:
-        opened = output.open("wb")
+        if output is None:
+            yield sys.stdout.buffer
+            sys.stdout.buffer.flush()
+        elif output.exists() and not stat.S_ISREG(output.stat().st_mode):  # a device or a pipe
+            with output.open("wb") as opened:
+                yield opened
+        else:
+            with _whole(output.resolve()) as opened:
+                yield opened
     except OSError as error:
-        fail(f"{output}: {error.strerror}.", EXIT_FAILED)
-    with opened:
-        yield opened
+        if error.errno == errno.EPIPE:  # who reads has seen enough
+            raise
+        fail(f"{output or 'stdout'}: {error.strerror}.", EXIT_FAILED)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of another when all is written, and is gone when that fails."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("xb") as opened:
+            yield opened
+        if path.exists():
+            shutil.copymode(path, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _watch(server: "Server", batch: str) -> dict[str, Any]:

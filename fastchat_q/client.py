@@ -26,6 +26,8 @@ from .errors import ConfigurationError, FastchatQError
 from .settings import Settings
 
 CONNECT_S = 5.0
+ANSWER_S = 20.0
+"""A reply that waits for no model begins, and goes on, within so long; else the server is as good as dead."""
 SILENCE_S = 60.0
 """A stream says something at least every 15 s; one that is silent for so long is dead."""
 RESUME_S = 60.0
@@ -136,16 +138,17 @@ class Api:
         self.http.close()
 
     def get(self, path: str, **params: Any) -> Any:
-        """The JSON of a GET; parameters that are None are left out."""
-        return self.call("GET", path, params={name: value for name, value in params.items() if value is not None})
+        """The JSON of a GET, which waits for no model; parameters that are None are left out."""
+        given = {name: value for name, value in params.items() if value is not None}
+        return self.call("GET", path, params=given, timeout=ANSWER_S)
 
     def post(self, path: str, body: Any = None, **options: Any) -> Any:
-        """The JSON of a POST."""
+        """The JSON of a POST. One that waits for a model may take its time: others give ``timeout``."""
         return self.call("POST", path, json=body, **options)
 
     def delete(self, path: str) -> Any:
         """The JSON of a DELETE."""
-        return self.call("DELETE", path)
+        return self.call("DELETE", path, timeout=ANSWER_S)
 
     def call(self, method: str, path: str, **options: Any) -> Any:
         """The JSON of a reply.

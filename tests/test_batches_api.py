@@ -1,13 +1,19 @@
 """Batches, as the official client makes them: real API server, orchestrator and workers."""
 
+import json
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from fastchat_q.api.batch_lines import RawLine, asked, envelope
 from fastchat_q.api.endpoints import ENDPOINTS
 from openai.types.responses import Response
+
+from fastchat_q.errors import RequestTooLargeError
+from fastchat_q.settings import Settings
 
 from .batches import CHAT, Endpoint, create, ended, ids, jsonl, line, parsed, results
 from .conftest import shared_stack
@@ -89,10 +95,29 @@ def test_a_bad_body_is_the_trouble_of_its_line_alone(client: openai.OpenAI) -> N
     assert "repeats the last user message" in bodies["line-5"]["message"], "the worker said it"
 
 
+@pytest.mark.parametrize("url", sorted(ENDPOINTS))
+def test_a_line_is_no_larger_than_a_request(url: str, tmp_path: Path) -> None:
+    """Room for images is for endpoints that take some, and for the images."""
+    settings = Settings(state_dir=tmp_path, max_body_bytes=1024 * 1024)
+    field = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}.get(url, "input")
+
+    def look(size: int) -> None:
+        text = "x" * size
+        body = {"model": "echo", field: [{"role": "user", "content": text}] if field == "messages" else text}
+        raw = json.dumps({"custom_id": "a", "method": "POST", "url": url, "body": body}).encode()
+        found = RawLine(1, 0, len(raw), raw)
+        asked(found, envelope(found, url), url, settings)
+
+    look(1000)
+    with pytest.raises(RequestTooLargeError, match="the limit is 1048576"):
+        look(settings.max_body_bytes)
+
+
 GOOD = line(0)
 WRONG: list[tuple[str, bytes, list[tuple[str, int | None, str | None]]]] = [
     ("json", jsonl([GOOD]) + b"{no\n", [("invalid_json_line", 2, None)]),
     ("no object", b"[1]\n", [("invalid_json_line", 1, None)]),
+    ("name twice", jsonl([GOOD])[:-3] + b', "model": "echo"}}\n', [("invalid_json_line", 1, None)]),
     ("not utf-8", b'{"custom_id": "\xff"}\n', [("invalid_json_line", 1, None)]),
     ("custom_id", jsonl([{**GOOD, "custom_id": None}]), [("missing_required_parameter", 1, "custom_id")]),
     ("number", jsonl([{**GOOD, "custom_id": 7}]), [("invalid_custom_id", 1, "custom_id")]),

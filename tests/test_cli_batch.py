@@ -1,9 +1,11 @@
 """``fastchat-q batch`` in front of real processes."""
 
+import errno
 import json
 import os
 import pty
 import select
+import socket
 import subprocess
 import sys
 import threading
@@ -11,9 +13,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+
+from fastchat_q import client
+from fastchat_q.cli_batch import _Asking, _target
 
 from .batches import jsonl, line, parsed
 from .conftest import shared_stack
@@ -151,6 +157,80 @@ def test_a_file_that_is_sent_again_is_whole(model: tuple[str, ...], requests: Pa
     first, second = (parsed(upload[upload.index(b'{"') : upload.rindex(b"}") + 1] + b"\n") for upload in uploads)
     assert len(first) == 5
     assert second == first
+
+
+def test_lines_that_are_no_requests_are_sent_as_they_are() -> None:
+    """The server says what is wrong with them, and where: their numbers stay as well."""
+    wrong = [b'{"body": {"x": "\\ud800"}}', b"", b'{"body": {"x": 1, "x": 2}}', b"[" * 100_000, b"nonsense"]
+    given = b"\n".join([*wrong, b'{"body":{"model":"a"}}'])
+    sent = _Asking(BytesIO(given), "b")
+    assert b"".join(iter(sent.read, b"")).splitlines() == [*wrong, b'{"body":{"model":"b"}}']
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+def test_requests_can_come_through_a_pipe(name: str, requests: Path) -> None:
+    """Blank lines before the first request are none, as for the server."""
+    given = b"\n \n" + requests.read_bytes()
+    with full_at_first() as (url, uploads):
+        made = alone("create", name, url=url, given=given)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == b"batch_1\n"
+    assert all(given in upload for upload in uploads)
+    assert len(uploads) == 2
+
+
+def test_results_have_their_name_when_they_are_whole(served: Stack, requests: Path, tmp_path: Path) -> None:
+    made = batch(served, "create", str(requests), "--wait", "--json")
+    name = json.loads(made.stdout)["id"]
+    full = batch(served, "results", name, "-o", "/dev/full")
+    assert full.returncode == 1
+    assert full.stderr == "fastchat-q: /dev/full: No space left on device.\n"
+    words, environment = command(served, "results", name)
+    with Path("/dev/full").open("wb") as stdout:
+        piped = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment, timeout=60)
+    assert (piped.returncode, piped.stderr) == (1, "fastchat-q: stdout: No space left on device.\n")
+    target = tmp_path / "kept" / "out.jsonl"
+    assert "No such file" in batch(served, "results", name, "-o", str(target)).stderr
+    target.parent.mkdir()
+    target.write_text("old")
+    with pytest.raises(ConnectionError):
+        cut_off(target)
+    assert [(path.name, path.read_text()) for path in target.parent.iterdir()] == [("out.jsonl", "old")]
+    assert batch(served, "results", name, "-o", str(target)).returncode == 0
+    assert len(parsed(target.read_bytes())) == 5
+
+
+def cut_off(target: Path) -> None:
+    """Results whose server goes in the middle."""
+    with _target(target) as opened:
+        opened.write(b"half")
+        opened.flush()
+        assert target.read_text() == "old"
+        raise BrokenPipeError(errno.EPIPE, "cut off")
+
+
+def test_more_batches_than_fit_on_a_page_are_seen_page_by_page(served: Stack, requests: Path) -> None:
+    older, newer = (batch(served, "create", str(requests)).stdout.strip() for _ in range(2))
+    first = batch(served, "ls", "--limit", "1")
+    assert newer in first.stdout
+    assert first.stderr == f"There are more. See further with --after {newer}.\n"
+    second = batch(served, "ls", "--limit", "1", "--after", newer)
+    assert older in second.stdout
+
+
+def test_a_server_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as hung:
+        closing = threading.Timer(8, hung.close)
+        closing.start()
+        began = time.monotonic()
+        with (
+            client.Api(client.Server(f"http://127.0.0.1:{hung.getsockname()[1]}")) as api,
+            pytest.raises(client.HungUpError),
+        ):
+            api.get("/v1/batches")
+        closing.cancel()
+    assert time.monotonic() - began < 6
 
 
 def test_what_is_wrong_with_a_file_is_said_with_its_line(served: Stack, requests: Path, tmp_path: Path) -> None:
