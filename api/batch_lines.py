@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import orjson
 from ulid import ULID
 
-from fastchat_q.errors import FastchatQError
+from fastchat_q.errors import FastchatQError, InvalidRequestError
 from fastchat_q.jobs import Job
 from fastchat_q.settings import Settings
 from fastchat_q.storage import Storage
