@@ -220,9 +220,12 @@ def test_a_running_batch_is_cancelled(client: openai.OpenAI, batch_stack: Stack)
     words = " ".join(["word"] * 30)
     batch = create(client, jsonl(line(n, words, model="echo") for n in range(20_000)))
     wait_until(lambda: client.batches.retrieve(batch.id).to_dict()["request_counts"]["completed"], "answers")  # type: ignore[index]
+    with pytest.raises(openai.BadRequestError, match=f"read by the batch '{batch.id}'"):
+        client.files.delete(batch.input_file_id)
     assert client.batches.cancel(batch.id).status == "cancelling"
     batch = ended(client, batch)
     assert batch.status == "cancelled"
+    assert client.files.delete(batch.input_file_id).deleted
     assert batch.request_counts is not None
     assert 0 < batch.request_counts.completed < 20_000
     assert len(ids(results(client, batch.output_file_id))) == batch.request_counts.completed
