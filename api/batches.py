@@ -101,6 +101,7 @@ async def retrieve_batch(batch_id: str, request: Request) -> Response:
 @router.post("/v1/batches/{batch_id}/cancel", summary="Cancel a batch")
 async def cancel_batch(batch_id: str, request: Request) -> Response:
     """What waits ends at once, what runs within seconds; what is there by then is in the output file."""
+    check_scope(caller_of(request), "batch", "batches")
     return _reply(await service_of(request).batches.cancel(batch_id, tenant_of(request)))
 
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from fastchat_q.errors import FastchatQError
+from fastchat_q.errors import FastchatQError, InvalidRequestError
 from fastchat_q.files import FileRecord, Order, check_quota
 
 from .auth import caller_of
@@ -109,8 +109,17 @@ async def download_file(file_id: str, request: Request) -> Response:
 
 @router.delete("/v1/files/{file_id}", summary="Delete a file")
 async def delete_file(file_id: str, request: Request) -> Response:
-    """Deletes a file for good."""
-    await service_of(request).files.delete(file_id, tenant_of(request))
+    """Deletes a file for good; not one that an open batch reads."""
+    service, tenant = service_of(request), tenant_of(request)
+    await service.files.get(file_id, tenant)
+    reader = (await service.batches.open_inputs()).get(file_id)
+    if reader is not None:
+        raise InvalidRequestError(
+            f"The file {file_id!r} is read by the batch {reader!r}. Wait until that has ended, or cancel it.",
+            param="file_id",
+            code="file_in_use",
+        )
+    await service.files.delete(file_id, tenant)
     log.info("file deleted", file=file_id)
     return _reply({"id": file_id, "object": "file", "deleted": True})
 

@@ -18,7 +18,7 @@ from arq import cron, func
 from arq.connections import ArqRedis
 from arq.worker import Worker
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import OutOfMemoryError, ResponseError
 
 from fastchat_q import keys, upkeep
 from fastchat_q.batches import Batches
@@ -153,7 +153,10 @@ async def advance_batch(ctx: dict[str, Any], batch_id: str) -> None:
 async def _next_tick(ctx: dict[str, Any], batch_id: str, tick: int) -> None:
     """Whoever asks for it: there is one of each name, and so hardly more than one that waits."""
     name = f"{batch_id}:{tick}:{int(ctx['driver'].clock() // NAMED_S)}"
-    await ctx["redis"].enqueue_job(ADVANCE, batch_id, _job_id=name)
+    try:
+        await ctx["redis"].enqueue_job(ADVANCE, batch_id, _job_id=name)
+    except OutOfMemoryError as error:  # asked for again within a second
+        log.warning("a tick cannot be asked for", batch=batch_id, error=str(error))
 
 
 async def housekeeping(ctx: dict[str, Any]) -> dict[str, int]:

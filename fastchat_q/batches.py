@@ -333,6 +333,15 @@ class Batches:
         """Batches that have not ended, and work for ticks."""
         return tuple([batch_id.decode() for batch_id in await self._redis.zrange(keys.OPEN_BATCHES, 0, -1)])
 
+    async def open_inputs(self) -> dict[str, str]:
+        """The files that batches which have not ended read, each with one of those batches."""
+        batch_ids = await self.open_ids()
+        pipe = self._redis.pipeline(transaction=False)
+        for batch_id in batch_ids:
+            pipe.hget(keys.batch(batch_id), "json")
+        rows = zip(batch_ids, await pipe.execute() if batch_ids else (), strict=True)
+        return {orjson.loads(raw)["batch"]["input_file_id"]: batch_id for batch_id, raw in rows if raw is not None}
+
     async def reindex(self) -> int:
         """If Redis lost its data: brings all batches back from the storage, the newest first; returns how many.
 

@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 from ulid import ULID
 
 from . import keys
+from .batches import Batches
 from .files import BYTES_PREFIX, FILE_ID, RECORD_PREFIX, FileRecord, Files, object_key, record_key
 from .loops import each
 
@@ -47,7 +48,8 @@ async def tick(files: Files, redis: "Redis", clock: Callable[[], float] = time.t
 
 async def _expire(files: Files, redis: "Redis", now: float) -> int:
     ids = [i.decode() for i in await redis.zrangebyscore(keys.FILE_EXPIRY, "-inf", now, start=0, num=MAX_EXPIRED)]
-    records = await files.indexed(ids)
+    needed = await Batches(redis, files.storage).open_inputs() if ids else {}
+    records = await files.indexed([file_id for file_id in ids if file_id not in needed])
     await each(records, files.remove)
     return len(records)
 

@@ -17,7 +17,7 @@ from fastchat_q.api.catalog import Catalog
 from fastchat_q.api.remote_images import Fetcher
 from redis.asyncio import Redis
 
-from fastchat_q import batches, keys, loops, operations
+from fastchat_q import batches, keys, loops, operations, upkeep
 from fastchat_q.batches import Batch, Batches, Manifest, new_batch_id
 from fastchat_q.connection import connect
 from fastchat_q.errors import InvalidRequestError, StorageFullError, StorageUnavailableError, UnknownBatchError
@@ -512,6 +512,17 @@ async def test_a_batch_whose_input_is_gone_ends_with_what_it_has(
     assert [one["code"] for one in (seen["errors"] or {"data": []})["data"]] == ([] if cancel else ["file_not_found"])
     assert seen[f"{state}_at"] >= seen["in_progress_at"]
     assert await bench.batches.open_ids() == ()
+
+
+async def test_a_file_that_expires_stays_as_long_as_an_open_batch_reads_it(bench: Bench) -> None:
+    batch_id = await bench.create(jsonl([line(0)]))
+    file_id = (await bench.batches.load(batch_id)).manifest.input_file_id
+    await bench.redis.zadd(keys.FILE_EXPIRY, {file_id: 1})
+    await upkeep.tick(bench.files, bench.redis)
+    assert await bench.storage.size(object_key(file_id)), "it is read yet"
+    assert (await bench.drive(batch_id)).state == "completed"
+    await upkeep.tick(bench.files, bench.redis)
+    assert await bench.storage.size(object_key(file_id)) is None
 
 
 async def test_a_batch_that_the_storage_does_not_know_leaves_the_indexes(bench: Bench) -> None:

@@ -245,9 +245,12 @@ def test_a_running_batch_is_cancelled(client: openai.OpenAI, batch_stack: Stack)
     words = " ".join(["word"] * 30)
     batch = create(client, jsonl(line(n, words, model="echo") for n in range(20_000)))
     wait_until(lambda: client.batches.retrieve(batch.id).to_dict()["request_counts"]["completed"], "answers")  # type: ignore[index]
+    with pytest.raises(openai.BadRequestError, match=f"read by the batch '{batch.id}'"):
+        client.files.delete(batch.input_file_id)
     assert client.batches.cancel(batch.id).status == "cancelling"
     batch = ended(client, batch)
     assert batch.status == "cancelled"
+    assert client.files.delete(batch.input_file_id).deleted
     assert batch.request_counts is not None
     assert 0 < batch.request_counts.completed < 20_000
     assert len(ids(results(client, batch.output_file_id))) == batch.request_counts.completed
@@ -320,11 +323,15 @@ def test_tenants_see_their_own_batches_alone(client: openai.OpenAI, batch_stack:
         theirs.batches.create(input_file_id=batch.input_file_id, endpoint=CHAT, completion_window="24h")
 
 
-def test_a_key_without_the_scope_makes_no_batch(client: openai.OpenAI, batch_stack: Stack) -> None:
+def test_a_key_without_the_scope_makes_no_batch_and_cancels_none(client: openai.OpenAI, batch_stack: Stack) -> None:
     file = client.files.create(file=("in.jsonl", jsonl([GOOD])), purpose="batch")
     other = batch_stack.client().with_options(api_key=batch_stack.make_key("--scope", "inference"))
     with pytest.raises(openai.PermissionDeniedError, match="no scope 'batch'"):
         other.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+    batch = client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+    with pytest.raises(openai.PermissionDeniedError, match="no scope 'batch'"):
+        other.batches.cancel(batch.id)
+    assert client.batches.retrieve(batch.id).cancelling_at is None
 
 
 def test_a_key_for_other_models_gets_no_line_through(batch_stack: Stack) -> None:
