@@ -74,8 +74,9 @@ def run(settings: Settings) -> None:
         ctx["catalog"] = asyncio.create_task(driver.catalog.run())
 
     async def stop(ctx: dict[str, Any]) -> None:
-        ctx["catalog"].cancel()
-        await asyncio.gather(ctx["catalog"], return_exceptions=True)
+        if (looking := ctx.get("catalog")) is not None:  # else it could not start
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
 
     pool = ArqRedis(
         connection_pool=own.connection_pool,

@@ -8,13 +8,16 @@ from .jobs import Feature, Job, Kind
 from .registry import ModelCard
 
 ENDPOINTS: dict[Kind, str] = {
-    "chat": "POST /v1/chat/completions, /v1/responses, /v1/messages",
+    "chat": "POST /v1/chat/completions",
     "completion": "POST /v1/completions",
     "tokenize": "POST /tokenize",
     "detokenize": "POST /detokenize",
     "embed": "POST /v1/embeddings",
     "rerank": "POST /v1/rerank",
 }
+"""Where jobs of a kind come from first of all."""
+TAKEN_BY: dict[Kind, str] = {**ENDPOINTS, "chat": "POST /v1/chat/completions, /v1/responses, /v1/messages"}
+"""All of it."""
 
 OF_TEXT: dict[Kind, Feature] = {"completion": "completions", "tokenize": "tokenize", "detokenize": "tokenize"}
 """Jobs that language models do, of whichever kind, if they have this feature."""
@@ -39,7 +42,7 @@ def check_can_do(card: ModelCard, job: Job, spelt: Mapping[str, str] = MappingPr
             raise InvalidRequestError(NO_TEMPLATE.format(name=card.name), param="messages", code="no_chat_template")
         raise InvalidRequestError(
             f"The model {card.name!r} takes no such request, only {_endpoints(card)}. GET /v1/models says of each "
-            f"model what it is for; for {ENDPOINTS[job.kind]} take one {_needed(job.kind)}.",
+            f"model what it is for; for {TAKEN_BY[job.kind]} take one {_needed(job.kind)}.",
             param="model",
             code="model_kind",
         )
@@ -58,7 +61,7 @@ def check_can_do(card: ModelCard, job: Job, spelt: Mapping[str, str] = MappingPr
 def _endpoints(card: ModelCard) -> str:
     """What a model takes."""
     kinds = [card.kind, *(kind for kind, feature in OF_TEXT.items() if feature in card.features and kind != card.kind)]
-    return ", ".join([ENDPOINTS[kind] for kind in kinds])
+    return ", ".join([TAKEN_BY[kind] for kind in kinds])
 
 
 def _needed(kind: Kind) -> str:

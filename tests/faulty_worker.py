@@ -40,7 +40,7 @@ class FaultyEngine(EchoEngine):
             os.kill(os.getpid(), signal.SIGKILL)
         if HANG in question and not request.prior:
             self._hang = True
-        if LARGE in question and self._rows:
+        if LARGE in question and self._jobs:
             raise RetryableError("no room beside the others", code=OUT_OF_MEMORY)
         super().admit(request)
         if FORGET in question and not request.prior:
