@@ -10,6 +10,8 @@ import pytest
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, Field
 
+from ..http_client import get
+from ..servers import wait_until
 from ..stack import API_KEY, Stack
 from .python.bias import TERSE
 
@@ -279,6 +281,7 @@ def test_the_client_comes_back_when_the_server_said_that_there_is_a_worker_again
     """503 with Retry-After, which the client waits for by itself."""
     options = ("--model", "echo", "--engine", "echo")
     stack.start_worker(*options).stop()
+    wait_until(lambda: get(stack.port, "/readyz").status == 503, "the API knows")
     with stack.client() as client:
         with pytest.raises(openai.InternalServerError) as caught:
             client.chat.completions.create(model="echo", messages=HELLO)
