@@ -1,4 +1,6 @@
-// Where the server is, and how `tiny`, which knows no JSON, is led through it: a string is closed as soon as the grammar
+import assert from 'node:assert/strict';
+
+// Where the server is, and how `tiny`, which knows no JSON, is led through forced tool calls: a string is closed as soon as the grammar
 // lets it be, and a number starts with 3 (tests/clients/python/bias.py).
 export const baseURL = process.env.OPENAI_BASE_URL;
 export const apiKey = process.env.OPENAI_API_KEY;
@@ -19,3 +21,9 @@ export const TOOLS = [
   ['add', 'Add two numbers', numbers],
   ['get_time', 'Get the time in a city', city],
 ];
+
+// What a model says that knows no JSON is anything that its schema allows.
+export const assertPerson = ({ name, age }) => {
+  assert.equal(typeof name, 'string');
+  assert.ok(Number.isInteger(age));
+};
