@@ -22,6 +22,9 @@ SERVER_TESTS := $(patsubst %,tests/test_%.py,dead_letters files_api idempotency 
 # Tests of real processes beside others on two cores: in CI, one that failed is run once more, alone, and named as such.
 AGAIN := $(if $(CI),|| { echo "== what failed once more and alone" && $(BIN)/pytest --last-failed --last-failed-no-failures none; })
 
+# In CI they run beside other tests, whose record of what failed is not theirs.
+CLIENTS := $(BIN)/pytest -o cache_dir=.pytest_cache/clients
+
 .PHONY: help setup setup-dev setup-clients up test test-clients test-servers test-vllm setup-vllm bench-vllm chaos chaos-mutant lint types format bench bench-queue bench-recovery bench-streams wheel clean batch-drill bench-batches
 
 help: ## list the targets
@@ -48,7 +51,7 @@ test-servers: setup-dev ## what depends on the server, against each of the other
 	done
 
 test-clients: setup-dev setup-clients ## clients that people have, unmodified, against real workers (docs/clients.md)
-	$(BIN)/pytest -n 2 --dist loadfile tests/clients $(ARGS)
+	$(CLIENTS) -n 2 --dist loadfile tests/clients $(ARGS) $(if $(CI),|| $(CLIENTS) --last-failed --last-failed-no-failures none)
 
 test-vllm: setup-vllm ## the tests of the vllm worker, which the others skip (docs/workers/vllm.md)
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -W default tests/test_vllm_*.py $(ARGS)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import orjson
+import pytest
 from arq.connections import ArqRedis
 from arq.constants import default_queue_name
 from fastchat_q.api import orchestrator
@@ -21,7 +22,7 @@ from fastchat_q.settings import Settings
 from fastchat_q.tenants import ANONYMOUS
 
 from .protocol import MODEL, NAMES, claim, enqueue, expire_lease, finish
-from .servers import RedisServer, wait_until
+from .servers import CHOSEN, RedisServer, wait_until
 from .stack import Process
 
 
@@ -55,6 +56,7 @@ async def test_a_tick_removes_long_idle_consumers_but_never_one_with_pending_ent
     assert left["name"] == b"busy"
 
 
+@pytest.mark.skipif(CHOSEN.cluster, reason="in cluster mode arq has a server of its own")
 async def test_a_tick_that_died_before_it_counted_itself_holds_up_its_batch_for_seconds_only(
     redis: "Redis", folder: Path
 ) -> None:
