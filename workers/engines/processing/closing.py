@@ -178,7 +178,7 @@ class Budget:
         """Goes that way, or says when to look again; where none was found, another may be from further on."""
         left = self._limit - done
         if way is None or len(way) > left:
-            self._next = left - max(LEAST, left // PART)
+            self._next = left - max(LEAST, left // 2)  # such a look costs most, and mostly there is none later either
             return
         beyond, least = left - len(way) - self._margin, max(LEAST, len(way) // STEPS)
         self._next = left - max(least, beyond // PART)
